@@ -1,0 +1,48 @@
+# make book: run every chapter at protocol "quick" and build the HTML.
+# make test: lint, types, every test.
+# Both need python3 >= 3.11 and a package index, and nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: book test bench sync execute
+.DELETE_ON_ERROR:
+
+book: .venv/.book
+	@$(BIN)/python book/build.py
+
+test: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto --dist loadscope
+
+bench: .venv/.test
+	$(BIN)/python -m pytest tests/benchmarks
+
+# For authors: the address into every place that needs it, then .ipynb and .md in step.
+sync: .venv/.book
+	$(BIN)/python book/address.py
+	$(BIN)/jupytext --sync chapters/*.ipynb book/*.ipynb
+
+# For authors: run the committed notebooks in place, at their default parameters.
+execute: sync
+	$(BIN)/python book/execute.py
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "This book needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)."; \
+	    echo "Name a newer one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.book: pyproject.toml | .venv/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[book]'
+	@touch $@
+
+.venv/.test: .venv/.book
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks adv-lib
+	@touch $@
