@@ -1,0 +1,71 @@
+"""Carry the book's public address from `_config.yml` to every place that must spell it out.
+
+Set-up cells, Colab badges, the README and CITATION.cff cannot read a configuration file.
+`make sync` calls this after the one line in `_config.yml` has changed; tests compare.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What stands before an owner/repository, wherever one is spelled out.
+SPELLED_OUT = re.compile(
+    r"(?P<before>"
+    r"colab\.research\.google\.com/github/"
+    r"|mybinder\.org/v2/gh/"
+    r"|clone (?:--depth 1 )?https://github\.com/"
+    r'|clone\\?", .{0,30}?https://github\.com/'
+    r'|repository-code: "https://github\.com/'
+    r")(?P<slug>[\w.-]+/[\w-]+)"
+)
+
+
+def slug(root: Path) -> str:
+    """The owner/repository that `_config.yml` names."""
+    url = yaml.safe_load((root / "_config.yml").read_text())["repository"]["url"]
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w-]+", url):
+        raise ValueError(
+            f"_config.yml: repository.url is {url!r}; expected https://github.com/OWNER/REPOSITORY"
+        )
+    return url.removeprefix("https://github.com/")
+
+
+def texts(root: Path) -> list[Path]:
+    """The files under version control, or about to be, that may spell the address out."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kinds = {".cff", ".ipynb", ".md"}
+    paths = [root / name for name in listed.stdout.splitlines()]
+    return [path for path in paths if path.suffix in kinds and path.is_file()]
+
+
+def spelled_out(text: str) -> list[str]:
+    """Every owner/repository that `text` spells out."""
+    return [match["slug"] for match in SPELLED_OUT.finditer(text)]
+
+
+def fill_in(root: Path) -> list[Path]:
+    """Write the address of `_config.yml` wherever another stands; return what changed."""
+    address = slug(root)
+    changed = []
+    for path in texts(root):
+        text = path.read_text()
+        new = SPELLED_OUT.sub(lambda match: match["before"] + address, text)
+        if new != text:
+            path.write_text(new)
+            changed.append(path)
+    return changed
+
+
+if __name__ == "__main__":
+    for path in fill_in(ROOT):
+        print(f"address filled in: {path.relative_to(ROOT)}")

@@ -1,0 +1,136 @@
+"""Run every chapter at protocol `quick` and build the HTML: what `make book` does.
+
+Everything happens on a copy, `_build/source`, so the notebooks of the clone stay as committed.
+A chapter whose inputs have not changed since its last run is not run again, and the finished
+pages replace the old ones only once they are complete: a killed run leaves nothing half-made.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def notebooks(root: Path) -> list[Path]:
+    """The notebooks among the pages of `_toc.yml`, in reading order, relative to `root`."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    files = [page["file"] for part in toc["parts"] for page in part["chapters"]]
+    return [Path(name) for name in files if name.endswith(".ipynb")]
+
+
+def stage(root: Path, source: Path) -> None:
+    """Copy what Jupyter Book reads from `root` to a fresh folder `source`."""
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy2(root / name, source)
+    for name in ("book", "chapters"):
+        ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.py")
+        shutil.copytree(root / name, source / name, ignore=ignore)
+
+
+def run(notebook: Path, result: Path, **parameters: object) -> None:
+    """Execute `notebook` where it lies and write it, with its outputs, to `result`."""
+    partial = result.with_suffix(f".{os.getpid()}.ipynb")
+    try:
+        papermill.execute_notebook(
+            notebook,
+            partial,
+            parameters,
+            kernel_name="python3",
+            cwd=notebook.parent,
+            progress_bar=sys.stderr.isatty(),
+        )
+        executed = nbformat.read(partial, as_version=4)
+        for cell in executed.cells:
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                cell.metadata.tags.append("remove-cell")
+        nbformat.write(executed, partial)
+        partial.replace(result)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def html(source: Path, target: Path) -> None:
+    """Build the pages of `source` with every warning an error; replace the folder `target`.
+
+    Raises
+    ------
+    RuntimeError
+        If Sphinx warns or fails; the message is what it printed.
+    """
+    work = target.with_name(f".{target.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(source), "-W"]
+    command += ["-n", "--keep-going", "-q", "--path-output", str(work)]
+    outcome = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if outcome.returncode:
+        raise RuntimeError(outcome.stdout)
+    shutil.rmtree(target, ignore_errors=True)
+    (work / "_build" / "html").replace(target)
+    shutil.rmtree(work)
+
+
+def _fingerprint(root: Path, notebook: Path) -> str:
+    inputs = [root / notebook, *sorted((root / "defenses").rglob("*.py"))]
+    inputs += sorted((root / "chapters").rglob("*.csv"))
+    digest = hashlib.sha256(f"{platform.python_version()} {version('torch')}".encode())
+    for path in inputs:
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _takes_protocol(notebook: Path) -> bool:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return any("parameters" in cell.metadata.get("tags", []) for cell in cells)
+
+
+def _run_all(root: Path, source: Path, executed: Path) -> None:
+    executed.mkdir(parents=True, exist_ok=True)
+    for notebook in notebooks(root):
+        result = executed / f"{notebook.stem}-{_fingerprint(root, notebook)}.ipynb"
+        if result.exists():
+            print(f"{notebook.stem}: unchanged, its last run stands")
+        else:
+            print(f"{notebook.stem}: running ...", flush=True)
+            start = time.perf_counter()
+            parameters = {"protocol": "quick"} if _takes_protocol(root / notebook) else {}
+            run(source / notebook, result, **parameters)
+            print(f"{notebook.stem}: ran in {time.perf_counter() - start:.0f} s")
+            for old in set(executed.glob(f"{notebook.stem}-*.ipynb")) - {result}:
+                old.unlink()
+        shutil.copy2(result, source / notebook)
+
+
+def main() -> None:
+    build = ROOT / "_build"
+    build.mkdir(exist_ok=True)
+    with (build / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once: the second waits
+        stage(ROOT, build / "source")
+        try:
+            _run_all(ROOT, build / "source", build / "executed")
+        except papermill.PapermillExecutionError as error:
+            sys.exit(f"A chapter failed.\n{error}")
+        print("building the pages ...", flush=True)
+        try:
+            html(build / "source", build / "html")
+        except RuntimeError as error:
+            sys.exit(f"{error}\nThe pages were not built: every warning above counts as an error.")
+    print(f"The book is ready. Open {(build / 'html' / 'index.html').as_uri()}")
+
+
+if __name__ == "__main__":
+    main()

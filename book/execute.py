@@ -1,0 +1,46 @@
+"""Run the notebooks in place at their default parameters: what `make execute` does.
+
+What is committed is what a reader would get: outputs kept, and nothing that differs from one
+run to the next for no reason (progress bars, time stamps, random cell ids).
+Name notebooks to run only these: `python book/execute.py chapters/compact_convolution.ipynb`.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import nbformat
+from build import ROOT, notebooks, run
+from nbformat import NotebookNode
+
+KEPT = ("accelerator", "colab", "jupytext", "kernelspec")
+
+
+def clean(notebook: NotebookNode) -> NotebookNode:
+    """Drop progress bars and volatile metadata; name each cell after its source."""
+    kept = {key: value for key, value in notebook.metadata.items() if key in KEPT}
+    notebook.metadata = NotebookNode(kept | {"language_info": {"name": "python"}})
+    taken: set[str] = set()
+    for cell in notebook.cells:
+        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
+        cell.id = _unused_id(cell.source, taken)
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    return notebook
+
+
+def _unused_id(source: str, taken: set[str]) -> str:
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    name = next(digest[i : i + 8] for i in range(len(digest)) if digest[i : i + 8] not in taken)
+    taken.add(name)
+    return name
+
+
+def main(paths: list[Path]) -> None:
+    for path in paths:
+        run(path, path)
+        nbformat.write(clean(nbformat.read(path, as_version=4)), path)
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]] or [ROOT / page for page in notebooks(ROOT)])
