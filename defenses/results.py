@@ -1,0 +1,401 @@
+"""The store of measured numbers, and tables that set them beside the paper's.
+
+A chapter has two files below `chapters/`: `results/NAME.csv`, what was measured and how, and
+`paper/NAME.csv`, what the paper prints. A number is named by its place in the paper: table, row,
+column and metric. Accuracies are in percent. `folder=` is the folder that holds `results/` and
+`paper/`; by default it is looked for from the working directory and from the package upwards.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas as pd
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: record from one process at a time
+    fcntl = None  # type: ignore[assignment]
+
+KEY = ["table", "row", "column", "metric"]
+NUMBERS = ["value", "n", "ci_low", "ci_high", "seconds"]
+COLUMNS = [*KEY, "value", "n", "ci_low", "ci_high", "seeds", "protocol", "dataset", "device"]
+COLUMNS += ["seconds", "versions", "commit", "date"]
+PROTOCOLS = ["paper", "short", "quick"]  # the best first
+
+Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
+
+
+def measure(
+    table: str,
+    row: str,
+    column: str,
+    metric: str,
+    value: float,
+    *,
+    n: int,
+    ci: tuple[float, float] | None = None,
+    seeds: int | Iterable[int],
+    protocol: str,
+    dataset: str,
+    device: str | torch.device,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return one measurement as a row of the store, with torch's version, the commit and the date.
+
+    Parameters
+    ----------
+    table, row, column, metric : str
+        The paper's own names: `table1`, `CCN+LS`, `mnist fgsm 0.3`, `accuracy`.
+    value : float
+        An accuracy or a probability in percent; a robustness as a ratio.
+    n : int
+        The number of images that the value is an average over.
+    ci : (low, high), optional
+        Its 95% interval, in the value's units.
+    seeds : int or ints
+    protocol : {"quick", "short", "paper"}
+    dataset : str
+        The data set that was measured, which need not be the paper's.
+    device : str or torch.device
+        A torch device is written as the hardware's name, any other text as it is.
+    seconds : float
+
+    Raises
+    ------
+    ValueError
+        The protocol is unknown, the value is not finite, or the interval does not hold it.
+    """
+    low, high = (math.nan, math.nan) if ci is None else map(float, ci)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    if not math.isfinite(value) or low > value + 1e-6 or high < value - 1e-6:  # but for rounding
+        raise ValueError(f"expected a finite value within its interval, got {value} and {ci}")
+    seeds = [seeds] if isinstance(seeds, int) else seeds
+    place = {"table": table, "row": row, "column": column, "metric": metric}
+    number = {"value": float(value), "n": int(n), "ci_low": low, "ci_high": high}
+    how = {"seeds": " ".join(map(str, seeds)), "protocol": protocol, "dataset": dataset}
+    where = {"device": _hardware(str(device)), "seconds": round(float(seconds), 3)}
+    versions = f"torch {torch.__version__.partition('+')[0]}"
+    when = {"versions": versions, "commit": _commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    return place | number | how | where | when
+
+
+def record(chapter: str, rows: Rows, folder: str | Path | None = None) -> None:
+    """Merge measurements into `results/CHAPTER.csv`; a newer one replaces an older one of its kind.
+
+    Two are of one kind when place, protocol and data set agree. The file is replaced in one step
+    and under a lock: neither a kill nor a second process loses a row.
+    """
+    file = _folder(chapter, folder) / "results" / f"{chapter}.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = _frame(rows)
+    new[NUMBERS] = new[NUMBERS].map(lambda number: "" if math.isnan(number) else f"{number:.10g}")
+    with _locked(file.parent):
+        merged = pd.concat([_read(file, COLUMNS), new])
+        merged = merged.drop_duplicates([*KEY, "protocol", "dataset"], keep="last")
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        merged.sort_values([*KEY, "protocol", "dataset"]).to_csv(temporary, index=False)
+        os.replace(temporary, file)
+
+
+def printed(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
+    """Return what the paper prints, in its order: the value as a number and, `printed`, as text."""
+    file = _folder(chapter, folder) / "paper" / f"{chapter}.csv"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: expected the numbers that the paper prints")
+    frame = _read(file, [*KEY, "value", "dataset", "note"])
+    return frame.assign(printed=frame["value"], value=frame["value"].astype(float))
+
+
+def best(
+    chapter: str,
+    measured: Rows | None = None,
+    *,
+    dataset: str | None = None,
+    protocol: str | None = None,
+    folder: str | Path | None = None,
+) -> pd.DataFrame:
+    """Return the best measurement of every place: stored, or among `measured` where it is given.
+
+    The paper's data set or a copy of it (`cifar10-jpeg` for `cifar10`) goes before a stand-in such
+    as `digits`; then protocol `paper` before `short` before `quick`; then the paper's very data set
+    before its copy. The column `own` names the paper's data set, "" where it has no such place.
+    With `dataset` or `protocol` only measurements of that data set or protocol count.
+    """
+    if measured is None:
+        measured = _read(_folder(chapter, folder) / "results" / f"{chapter}.csv", COLUMNS)
+    own = printed(chapter, folder)[[*KEY, "dataset"]].rename(columns={"dataset": "own"})
+    frame = _frame(measured)[::-1].merge(own, on=KEY, how="left").fillna({"own": ""})
+    frame = frame[frame["dataset"].eq(dataset or frame["dataset"])]
+    frame = frame[frame["protocol"].eq(protocol or frame["protocol"])]
+
+    def order(row: Any) -> tuple[bool, int, bool]:
+        stand_in = row.dataset == "digits" or not row.dataset.startswith(row.own)
+        return stand_in, PROTOCOLS.index(row.protocol), row.dataset != row.own
+
+    frame = frame.assign(order=[order(row) for row in frame.itertuples()])
+    return frame.sort_values("order", kind="stable").drop_duplicates(KEY).drop(columns="order")
+
+
+def value(
+    chapter: str,
+    table: str,
+    row: str,
+    column: str,
+    metric: str = "accuracy",
+    *,
+    source: str = "measured",
+    **choice: Any,
+) -> float:
+    """Return one number: the best measurement or, with `source="paper"`, what the paper prints.
+
+    `choice` (`measured`, `dataset`, `protocol`, `folder`) goes to `best`. A number that nobody has
+    measured, or that the paper does not print, is a ValueError.
+    """
+    if source not in ("measured", "paper"):
+        raise ValueError(f"unknown source {source!r}: expected 'measured' or 'paper'")
+    ours = source == "measured"
+    frame = best(chapter, **choice) if ours else printed(chapter, choice.get("folder"))
+    found = frame[(frame[KEY] == [table, row, column, metric]).all(axis=1)]
+    if found.empty:
+        place = " / ".join([chapter, table, row, column, metric])
+        asked = {k: choice[k] for k in ("dataset", "protocol") if choice.get(k)} or ""
+        raise ValueError(
+            f"nobody has measured {place} {asked}: run the chapter and record it"
+            if ours
+            else f"the paper does not print {place}: printed({chapter!r}) lists what it does"
+        )
+    return float(found["value"].iloc[0])
+
+
+def claim(text: str, ok: Any) -> None:
+    """Print `✓ text` where `ok` holds; raise an AssertionError with the text where it does not."""
+    if not bool(ok):
+        raise AssertionError(f"does not hold: {text}")
+    print(f"✓ {text}")
+
+
+def coverage(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
+    """Return, table by table, how many of the paper's cells are filled, and how.
+
+    Columns: `cells` that the paper prints; those whose best measurement is at `paper`, `short` and
+    `quick`; those still `empty`; and the `datasets` measured, with their counts.
+    """
+    filled = best(chapter, folder=folder)[[*KEY, "protocol", "dataset"]]
+    cells = printed(chapter, folder)[KEY].merge(filled, on=KEY, how="left")
+    table = cells.groupby("table", sort=False)
+    counts = table.size().to_frame("cells")
+    for protocol in PROTOCOLS:
+        counts[protocol] = table["protocol"].agg(lambda given, p=protocol: int((given == p).sum()))
+    counts["empty"] = counts["cells"] - counts[PROTOCOLS].sum(axis=1)
+    counts["datasets"] = table["dataset"].agg(
+        lambda names: ", ".join(f"{name} {count}" for name, count in names.value_counts().items())
+    )
+    return counts
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """Our numbers beside the paper's: HTML in a notebook, text in a terminal."""
+
+    html: str
+    text: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def side_by_side(
+    chapter: str,
+    table: str,
+    rows: Sequence[str] | None = None,
+    columns: str | Sequence[str] | None = None,
+    **choice: Any,
+) -> Table:
+    """Return a table of the paper with our best numbers beside its own.
+
+    Parameters
+    ----------
+    chapter, table : str
+        The table may be one that only we have measured.
+    rows : names, optional
+        Those to show, in this order; default: all, in the paper's order, then what only we have.
+    columns : names or str, optional
+        Likewise; a single text stands for every column that begins with it, such as `mnist fgsm`.
+    **choice
+        `measured`, `dataset`, `protocol`, `folder` as for `best`: `measured=rows` shows a live run
+        in place of the store.
+
+    Raises
+    ------
+    ValueError
+        Neither the paper nor the measurements have such a table, row or column.
+    """
+    ours = best(chapter, **choice)
+    theirs = printed(chapter, choice.get("folder"))[[*KEY, "printed"]]
+    cells = pd.concat([theirs.merge(ours, on=KEY, how="left"), ours[ours["own"] == ""]])
+    cells = cells[cells["table"].isin(_chosen("table", [table], cells["table"]))]
+    if isinstance(columns, str):
+        columns = [c for c in cells["column"].unique() if c.startswith(columns)] or [columns]
+    columns, rows = _chosen("column", columns, cells["column"]), _chosen("row", rows, cells["row"])
+    cells = cells[cells["row"].isin(rows) & cells["column"].isin(columns)].fillna({"printed": ""})
+
+    measured = cells[cells["value"].notna()]
+    kinds: dict[Any, pd.DataFrame] = dict([*measured.groupby(["protocol", "dataset"], sort=False)])
+    marks = dict(zip(kinds, "abcdefghijkl", strict=False)) if len(kinds) > 1 else {}
+    decimals = cells["printed"].str.partition(".")[2].str.len().groupby(cells["metric"]).max()
+    texts = [_cell(cell, decimals[cell.metric] or 2, marks) for cell in cells.itertuples()]
+    cells = cells.assign(html=[t[0] for t in texts], text=[t[1] for t in texts])
+    wide = cells.pivot(index="row", columns=["column", "metric"], values=["html", "text"])
+    heads = cells.drop_duplicates(["column", "metric"]).set_index("column")["metric"].loc[columns]
+    wide = wide.reindex(rows).fillna("").rename_axis(index=None)
+    as_html, as_text = (_headed(wide[kind][[*heads.items()]]) for kind in ("html", "text"))
+    title = re.sub(r"^table(\d+)$", r"Table \1", table)
+    asked, filled = ((frame["printed"] != "").sum() for frame in (cells, measured))
+    caption = (
+        f"{title}: {f'{filled} of {asked}' if asked else len(measured)} cells measured. "
+        "Ours first, with its 95% interval; the paper's number in parentheses."
+    )
+    legend = [_how(marks.get(kind, ""), *kind, group) for kind, group in kinds.items()]
+    return Table(
+        _page(as_html, caption, legend), "\n".join([as_text.to_string(), caption, *legend])
+    )
+
+
+def _chosen(what: str, asked: Sequence[str] | None, known: pd.Series) -> list[str]:
+    names = list(dict.fromkeys(known))
+    for name in names if asked is None else asked:
+        if name not in names:
+            raise ValueError(f"no {what} {name!r}: expected one of {', '.join(names)}")
+    return names if asked is None else list(asked)
+
+
+def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple[str, str]:
+    ours, interval, mark = "–", "", marks.get((cell.protocol, cell.dataset), "")
+    if not math.isnan(cell.value):
+        ours = f"{cell.value:.{digits}f}"
+    if not math.isnan(cell.ci_low):
+        interval = f"{cell.ci_low:.{digits}f}–{cell.ci_high:.{digits}f}"
+    html = [f'<b class="ours">{ours}</b>' + (f"<sup>{mark}</sup>" if mark else "")]
+    html += [f'<small class="interval">{interval}</small>'] if interval else []
+    html += [f'<small class="paper">({cell.printed})</small>'] if cell.printed else []
+    return "<br>".join(html), f"{ours}{mark}" + (f" ({cell.printed})" if cell.printed else "")
+
+
+def _headed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Head columns by what neighbors share, `mnist fgsm`, above what is their own, `0.3`."""
+    heads = [
+        column.rpartition(" ")[::2] if metric == "accuracy" else (column, metric)
+        for column, metric in frame.columns
+    ]
+    return frame.set_axis(pd.MultiIndex.from_tuples(heads), axis=1)
+
+
+def _how(mark: str, protocol: str, dataset: str, measured: pd.DataFrame) -> str:
+    others = [name for name in measured["own"].unique() if name not in ("", dataset)]
+    seeds = sorted({int(seed) for text in measured["seeds"] for seed in text.split()})
+    n = sorted({int(n) for n in measured["n"]})
+    return (mark and f"{mark}: ") + "; ".join(
+        [
+            f"protocol {protocol} on {dataset}"
+            + (f", not {' or '.join(others)}" if others else ""),
+            f"n = {n[0]:,}" + (f" to {n[-1]:,}" if len(n) > 1 else ""),
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+            *measured["device"].unique(),
+            f"{measured['seconds'].sum():,.0f} s in all",
+        ]
+    )
+
+
+def _page(table: pd.DataFrame, caption: str, legend: list[str]) -> str:
+    table = table.rename(index=escape).rename(columns=escape)
+    return (
+        '<div class="side-by-side"><div class="side-by-side-scroll" style="overflow-x:auto">'
+        f"{table.to_html(escape=False, border=0, classes='table')}</div>"
+        f'<p class="side-by-side-caption">{escape(caption)}</p><ul class="side-by-side-legend">'
+        f"{''.join(f'<li>{escape(line)}</li>' for line in legend)}</ul></div>"
+    )
+
+
+def _folder(chapter: str, folder: str | Path | None) -> Path:
+    if folder is not None:
+        return Path(folder)
+    for start in (Path.cwd(), Path(__file__).parent):
+        for place in (start, *start.parents):
+            for found in (place, place / "chapters"):
+                if (found / "paper" / f"{chapter}.csv").is_file():
+                    return found
+    raise FileNotFoundError(
+        f"no paper/{chapter}.csv above {Path.cwd()} or the package: work inside a clone of the "
+        "book, or name the folder that holds results/ and paper/ with folder="
+    )
+
+
+def _read(file: Path, columns: list[str]) -> pd.DataFrame:
+    if not file.is_file():
+        return pd.DataFrame(columns=columns, dtype=str)
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False)  # a row may be called None
+    if list(frame.columns) != columns:
+        raise ValueError(f"{file} has columns {list(frame.columns)}; expected {columns}")
+    return frame
+
+
+def _frame(rows: Rows) -> pd.DataFrame:
+    if isinstance(rows, pd.DataFrame):
+        frame = rows
+    else:
+        frame = pd.DataFrame([*rows]) if len(rows) else pd.DataFrame(columns=COLUMNS)
+    if missing := [name for name in COLUMNS if name not in frame]:
+        raise ValueError(f"rows lack {', '.join(missing)}: make them with measure(...)")
+    frame = frame[COLUMNS].copy()
+    frame[NUMBERS] = frame[NUMBERS].apply(pd.to_numeric).astype(float)
+    return frame
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # given back when the process ends, however it ends
+        yield
+    finally:
+        os.close(handle)
+
+
+def _hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else device
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit whose code was imported; the store and run notebooks do not make it dirty."""
+    code = ["--", ":/", ":(exclude,top)*.csv", ":(exclude,top)*.ipynb"]
+    try:
+        name = _git("rev-parse", "--short", "HEAD")
+        return name + "-dirty" * bool(_git("status", "--porcelain", "-uno", *code))
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
