@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import check_integrity
-from torchvision.io import ImageReadMode, decode_image
 
 TORCHVISION: dict[str, Any] = {
     "mnist": datasets.MNIST,
@@ -323,12 +323,13 @@ def _decode(files: list[Path]) -> Tensor:
 
 def _decode_one(file: Path) -> Tensor:
     try:
-        image = decode_image(str(file), ImageReadMode.RGB)
-    except RuntimeError as error:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{file} has more than 8 bits a channel: convert it to 8")
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # a damaged PNG is a SyntaxError to Pillow
         raise ValueError(f"{file} cannot be decoded: {error}. Replace or delete it") from error
-    if image.dtype != torch.uint8:
-        raise ValueError(f"{file} has {image.dtype} pixels; expected 8 bits a channel: convert it")
-    return image
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _decoded_once(
