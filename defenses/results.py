@@ -270,7 +270,7 @@ def side_by_side(
         f"{title}: {f'{filled} of {asked}' if asked else len(measured)} cells measured. "
         "Ours first, with its 95% interval; the paper's number in parentheses."
     )
-    legend = [_how(marks.get(kind, ""), *kind, group) for kind, group in kinds.items()]
+    legend = [_how(marks.get(kind, ""), kind, group) for kind, group in kinds.items()]
     return Table(
         _page(as_html, caption, legend), "\n".join([as_text.to_string(), caption, *legend])
     )
@@ -305,7 +305,8 @@ def _headed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.set_axis(pd.MultiIndex.from_tuples(heads), axis=1)
 
 
-def _how(mark: str, protocol: str, dataset: str, measured: pd.DataFrame) -> str:
+def _how(mark: str, kind: tuple[str, str], measured: pd.DataFrame) -> str:
+    protocol, dataset = kind
     others = [name for name in measured["own"].unique() if name not in ("", dataset)]
     seeds = sorted({int(seed) for text in measured["seeds"] for seed in text.split()})
     n = sorted({int(n) for n in measured["n"]})

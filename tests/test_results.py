@@ -1,0 +1,480 @@
+"""The store of measured numbers, the transcription of the paper's, and the two side by side."""
+
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from bs4 import BeautifulSoup
+
+from defenses import results
+from defenses.results import (
+    COLUMNS,
+    KEY,
+    best,
+    claim,
+    coverage,
+    measure,
+    printed,
+    record,
+    side_by_side,
+    value,
+)
+
+CHAPTER = "compact_convolution"
+PAPER = Path(__file__).parents[1] / "chapters" / "paper"
+
+# Added up from the paper's text by another program than the one that wrote the file.
+ROW_SUMS = {
+    "table1": "SM 516.42 LS 661.35 BReLU 550.70 L2SM 732.79 CCN 801.77 CCN+LS 854.87",
+    "table2": "SM 206.22 LS 598.82 BReLU 415.43 L2SM 599.26 CCN 737.83 CCN+LS 847.18",
+    "table3": "SM 0.239 LS 0.756 BReLU 0.550 L2SM 0.726 CCN 1.028 CCN+LS 1.452",
+    "table4": "SM 826.97 LS 810.92 BReLU 828.81 L2SM 829.18 CCN 867.22 CCN+LS 879.20",
+    "table5": "SM 160.7225 LS 218.8651 BReLU 175.8763 L2SM 196.2411 CCN 180.3639 CCN+LS 210.3227",
+    "table6": "SM 274.18 LS 271.82 BReLU 296.75 L2SM 275.66 CCN 301.37 CCN+LS 313.65",
+    "table7": "SM 410.33 LS 414.28 BReLU 425.84 L2SM 420.41 CCN 464.01 CCN+LS 488.01",
+    "table8": "SM 334.88 LS 346.72 BReLU 340.05 L2SM 351.80 CCN 367.11 CCN+LS 367.77",
+    "table9": "SM 516.42 BN 474.94 LRN 490.11 CCN 801.77 CCN+LS 854.87",
+    "table11": "SM 101.393 LS 101.626 BReLU 101.473 L2SM 101.453 CCN 101.449 CCN+LS 98.619",
+    "table12": "SM 100.277 LS 100.413 BReLU 99.442 L2SM 94.977 CCN 100.302 CCN+LS 99.551",
+    "table13": "None 131.26 conv1 143.88 conv2 141.85 conv3 139.30 conv4 138.58 fc1 143.77 "
+    "fc2 158.28 fc3 159.80",
+}
+COLUMN_SUMS = {
+    "table1": "596.98 572.28 488.67 349.95 236.13 545.46 414.24 344.10 296.54 273.55",
+    "table2": "577.56 515.57 428.81 358.56 288.97 306.10 273.23 244.18 217.98 193.78",
+    "table3": "3.036 1.715",
+    "table4": "596.76 585.41 592.58 595.22 567.03 511.50 445.20 424.97 433.71 289.92",
+    "table5": "394.82 320.39 195.18 139.46 91.23 1.3116",
+    "table6": "593.66 557.98 392.47 189.32",
+    "table7": "320.20 393.55 347.31 466.35 536.32 559.15",
+    "table8": "194.49 359.89 204.59 405.67 454.61 489.08",
+    "table9": "497.29 463.93 332.27 239.68 178.44 455.86 335.62 260.74 202.44 171.84",
+    "table11": "9.473 596.54",
+    "table12": "2.542 592.42",
+    "table13": "796.18 360.54",
+}
+
+
+def row(
+    row: str = "SM",
+    column: str = "mnist fgsm 0.3",
+    value: float = 50.0,
+    *,
+    table: str = "table1",
+    metric: str = "accuracy",
+    protocol: str = "quick",
+    dataset: str = "digits",
+    **changed: Any,
+) -> dict[str, Any]:
+    how: dict[str, Any] = {"n": 360, "seeds": 0, "device": "a toy", "seconds": 1.5} | changed
+    return measure(table, row, column, metric, value, protocol=protocol, dataset=dataset, **how)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Return a folder with the paper's numbers and nothing measured."""
+    (tmp_path / "paper").mkdir()
+    shutil.copy(PAPER / f"{CHAPTER}.csv", tmp_path / "paper")
+    return tmp_path
+
+
+def stored(store: Path) -> pd.DataFrame:
+    file = store / "results" / f"{CHAPTER}.csv"
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+# What the paper prints
+
+
+def test_every_table_of_the_paper_is_transcribed() -> None:
+    frame = printed(CHAPTER)
+    assert list(frame["table"].unique()) == list(ROW_SUMS)
+    assert not frame.duplicated(KEY).any()
+    for table, cells in frame.groupby("table"):
+        sums = {name: group["value"].sum() for name, group in cells.groupby("row")}
+        words = ROW_SUMS[str(table)].split()
+        expected = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+        assert sums == pytest.approx(expected, abs=1e-9), table
+        columns = cells.groupby(["column", "metric"], sort=False)["value"].sum().tolist()
+        assert columns == pytest.approx([*map(float, COLUMN_SUMS[str(table)].split())], abs=1e-9)
+        assert len(cells) == len(sums) * len(columns)
+
+
+def test_columns_begin_with_their_data_set_and_metrics_are_known() -> None:
+    frame = printed(CHAPTER)
+    assert (frame["column"].str.partition(" ")[0] == frame["dataset"]).all()
+    assert set(frame["metric"]) == {
+        "accuracy",
+        "robustness",
+        "mean distance",
+        "success probability",
+    }
+    assert frame["printed"].str.fullmatch(r"\d+(\.\d+)?").all()
+    assert frame.loc[frame["note"].str.contains("BRReLU"), "row"].eq("BReLU").all()
+
+
+def test_the_paper_repeats_table_1_in_tables_7_8_9_and_13() -> None:
+    frame = printed(CHAPTER).set_index(KEY)["printed"]
+    first, ninth = frame.loc["table1"], frame.loc["table9"]
+    for name in ("SM", "CCN", "CCN+LS"):
+        assert ninth.loc[name].to_dict() == first.loc[name].to_dict()
+    for table, dataset, eps in (("table7", "mnist", "0.3"), ("table8", "cifar10", "8/255")):
+        for name in ("SM", "LS", "BReLU", "L2SM", "CCN", "CCN+LS"):
+            crafted_on_itself = frame[table, name, f"{dataset} crafted on {name}", "accuracy"]
+            assert crafted_on_itself == first[name, f"{dataset} fgsm {eps}", "accuracy"]
+    for layer, name in (("None", "SM"), ("fc3", "L2SM")):
+        for eps in ("0", "0.3"):
+            place = f"mnist fgsm {eps}", "accuracy"
+            assert frame["table13", layer, *place] == first[name, *place]
+
+
+# Measuring and recording
+
+
+def test_a_measurement_says_how_it_was_made() -> None:
+    got = row(ci=(48.0, 52.0), seeds=[0, 1], device=torch.device("cpu"))
+    assert list(got) == COLUMNS
+    assert (got["seeds"], got["ci_low"], got["ci_high"]) == ("0 1", 48.0, 52.0)
+    assert got["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert re.fullmatch(r"torch \d+\.\d+\.\d+\w*", got["versions"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", got["date"])
+    assert math.isnan(row()["ci_low"])
+    assert row(value=100.0, ci=(98.9, 99.99999999))["value"] == 100  # a rounding error is none
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"protocol": "long"},
+        {"value": math.nan},
+        {"value": math.inf},
+        {"value": 0.5, "ci": (48, 52)},
+        {"value": 50, "ci": (0.48, 0.52)},
+    ],
+)
+def test_a_measurement_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected one of paper, short, quick|within its interval"
+    ):
+        row(**wrong)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_is_marked_when_code_differs_and_not_when_results_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, numbers = tmp_path / "defenses" / "results.py", tmp_path / "results" / "a.csv"
+    monkeypatch.setattr(results, "__file__", str(code))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    find = results._commit.__wrapped__
+    for file in (code, numbers):
+        file.parent.mkdir()
+        file.write_text("1\n")
+    assert find() == ""  # no repository
+    git(tmp_path, "init")
+    assert find() == ""  # no commit
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "a")
+    head = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert find() == head
+    numbers.write_text("2\n")
+    assert find() == head
+    code.write_text("2\n")
+    assert find() == f"{head}-dirty"
+
+
+def test_recording_merges_replaces_and_keeps_an_order(store: Path) -> None:
+    old, other, none = row(value=10.0), row("CCN", value=1 / 3), row("None", table="table13")
+    record(CHAPTER, [old, other, none], store)
+    record(CHAPTER, [row(value=20.0, ci=(18, 22))], store)
+    frame = stored(store)
+    assert list(frame.columns) == COLUMNS
+    assert frame["row"].tolist() == ["CCN", "SM", "None"]
+    assert frame["value"].tolist() == ["0.3333333333", "20", "50"]
+    assert frame["n"].tolist() == ["360"] * 3
+    assert frame["ci_low"].tolist() == ["", "18", ""]
+    record(CHAPTER, [row(protocol="short", dataset="mnist"), row(dataset="mnist")], store)
+    assert len(stored(store)) == 5  # another protocol, another data set: beside the old one
+
+
+def test_recording_the_same_again_changes_no_byte(store: Path) -> None:
+    rows = [row(name, value=v) for name, v in (("SM", 1 / 3), ("CCN", 2e-7), ("LS", 100.0))]
+    record(CHAPTER, rows, store)
+    file = store / "results" / f"{CHAPTER}.csv"
+    before = file.read_bytes()
+    record(CHAPTER, rows[::-1], store)
+    record(CHAPTER, stored(store), store)
+    record(CHAPTER, [], store)
+    assert file.read_bytes() == before and b"\r" not in before
+    assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+def test_rows_that_lack_columns_and_foreign_files_are_refused(store: Path) -> None:
+    with pytest.raises(ValueError, match=r"lack row, column.*measure"):
+        record(CHAPTER, [{"table": "table1"}], store)
+    file = store / "results" / f"{CHAPTER}.csv"
+    file.write_text("<<<<<<< HEAD\n")
+    with pytest.raises(ValueError, match=f"{file}.*expected"):
+        record(CHAPTER, [row()], store)
+    assert file.read_text() == "<<<<<<< HEAD\n"
+
+
+def record_many(store: Path, names: list[str]) -> None:
+    for name in names:
+        record(CHAPTER, [row(name)], store)
+
+
+def test_two_processes_lose_no_row(store: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    names = [[f"{p}-{i}" for i in range(8)] for p in range(4)]
+    workers = [fork.Process(target=record_many, args=(store, part)) for part in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert set(stored(store)["row"]) == {name for part in names for name in part}
+
+
+def test_a_kill_leaves_a_whole_file_and_no_lock(store: Path) -> None:
+    record(CHAPTER, [row("first")], store)
+    fork, many = multiprocessing.get_context("fork"), [str(i) for i in range(10_000)]
+    for i in range(6):
+        worker = fork.Process(target=record_many, args=(store, many))
+        worker.start()
+        time.sleep(0.05 + 0.013 * i)
+        assert worker.pid
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        frame = stored(store)
+        assert "first" in set(frame["row"]) and (frame["value"] == "50").all()
+    record(CHAPTER, [row("last")], store)
+    assert {"first", "last"} <= set(stored(store)["row"])
+
+
+# Choosing
+
+
+@pytest.mark.parametrize(
+    "column, better, worse",
+    [
+        ("mnist fgsm 0.3", ("paper", "mnist"), ("short", "mnist")),
+        ("mnist fgsm 0.3", ("short", "mnist"), ("quick", "mnist")),
+        ("mnist fgsm 0.3", ("quick", "mnist"), ("paper", "digits")),
+        ("mnist fgsm 0.3", ("quick", "mnist"), ("paper", "fashion-mnist")),
+        ("cifar10 fgsm 0", ("short", "cifar10"), ("short", "cifar10-jpeg")),
+        ("cifar10 fgsm 0", ("paper", "cifar10-jpeg"), ("short", "cifar10")),
+        ("cifar10 fgsm 0", ("short", "cifar10-jpeg"), ("paper", "digits")),
+        ("mnist pgd 0.3", ("quick", "mnist"), ("paper", "digits")),
+        ("mnist pgd 0.3", ("paper", "digits"), ("short", "digits")),
+    ],
+)
+def test_the_best_measurement_is_taken(
+    store: Path, column: str, better: tuple[str, str], worse: tuple[str, str]
+) -> None:
+    rows = [
+        row(column=column, value=v, protocol=protocol, dataset=dataset)
+        for v, (protocol, dataset) in ((1.0, better), (2.0, worse))
+    ]
+    for order in (rows, rows[::-1]):
+        assert best(CHAPTER, order, folder=store)["value"].tolist() == [1.0]
+    protocol, dataset = worse
+    only = best(CHAPTER, rows, protocol=protocol, dataset=dataset, folder=store)
+    assert only["value"].tolist() == [2.0]
+
+
+def test_of_two_of_a_kind_the_later_is_taken(store: Path) -> None:
+    rows = [row(value=1.0), row(value=2.0)]
+    assert best(CHAPTER, rows, folder=store)["value"].tolist() == [2.0]
+
+
+def test_a_value_comes_from_the_store_from_a_run_or_from_the_paper(store: Path) -> None:
+    place = (CHAPTER, "table1", "SM", "mnist fgsm 0.3")
+    with pytest.raises(ValueError, match=r"nobody has measured.*table1 / SM / mnist fgsm 0\.3"):
+        value(*place, folder=store)
+    record(CHAPTER, [row(value=12.5)], store)
+    assert value(*place, folder=store) == 12.5
+    assert value(*place, folder=store, measured=[row(value=3.0)]) == 3.0
+    assert value(*place, folder=store, source="paper") == 31.76
+    with pytest.raises(ValueError, match=r"nobody.*'protocol': 'paper'"):
+        value(*place, folder=store, protocol="paper")
+    with pytest.raises(ValueError, match="the paper does not print"):
+        value(CHAPTER, "table1", "SM", "mnist fgsm 9", source="paper", folder=store)
+    with pytest.raises(ValueError, match="unknown source"):
+        value(*place, folder=store, source="ours")
+
+
+def test_a_claim_is_printed_or_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    claim("two is more than one", torch.tensor(2) > 1)
+    assert capsys.readouterr().out == "✓ two is more than one\n"
+    with pytest.raises(AssertionError, match="one is more than two"):
+        claim("one is more than two", 1 > 2)
+
+
+def test_the_store_is_found_from_within_a_clone_and_missed_outside(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(CHAPTER, [row()], store)
+    inside = store / "a" / "b"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    assert len(best(CHAPTER)) == 1
+    monkeypatch.chdir("/")
+    assert len(printed(CHAPTER)) == 414  # the package's own clone
+    with pytest.raises(FileNotFoundError, match=r"no paper/nothing\.csv.*folder="):
+        printed("nothing")
+
+
+def test_coverage_counts_cells_by_their_best_protocol(store: Path) -> None:
+    assert coverage(CHAPTER, store)["empty"].sum() == 414
+    record(
+        CHAPTER,
+        [
+            row("SM", dataset="digits"),
+            row("SM", dataset="mnist", protocol="short"),
+            row("LS", dataset="digits"),
+            row("SM", column="mnist pgd 0.3"),  # no cell of the paper
+            row("fc3", table="table13", dataset="mnist", protocol="paper"),
+        ],
+        store,
+    )
+    frame = coverage(CHAPTER, store)
+    columns = ["cells", "paper", "short", "quick", "empty", "datasets"]
+    assert list(frame.columns) == columns
+    assert sorted(frame.loc["table1", "datasets"].split(", ")) == ["digits 1", "mnist 1"]
+    assert frame.loc["table1", columns[:-1]].tolist() == [60, 0, 1, 1, 58]
+    assert frame.loc["table13"].tolist() == [16, 1, 0, 0, 15, "mnist 1"]
+    assert frame.loc["table2"].tolist() == [60, 0, 0, 0, 60, ""]
+
+
+# Side by side
+
+
+def parsed(html: str) -> tuple[list[list[str]], dict[str, list[str]], str]:
+    """Return the header's rows, the cells of each row and all text outside the table."""
+    soup = BeautifulSoup(html, "html.parser")
+    head = [[th.text for th in tr.select("th")] for tr in soup.select("thead tr")]
+    body = {
+        tr.select("th")[0].text: [td.get_text(" ") for td in tr.select("td")]
+        for tr in soup.select("tbody tr")
+    }
+    soup.select("table")[0].extract()
+    return head, body, soup.get_text(" ")
+
+
+def test_an_empty_table_shows_the_papers_numbers_and_a_dash(store: Path) -> None:
+    head, body, text = parsed(side_by_side(CHAPTER, "table13", folder=store).html)
+    assert head == [["", "mnist fgsm"], ["", "0", "0.3"]]
+    assert list(body) == ["None", "conv1", "conv2", "conv3", "conv4", "fc1", "fc2", "fc3"]
+    assert body["fc3"] == ["– (99.48)", "– (60.32)"]
+    assert "Table 13: 0 of 16 cells measured" in text
+
+
+def test_a_table_says_how_its_numbers_were_measured(store: Path) -> None:
+    rows = [
+        row("SM", value=31.0, ci=(28.1, 34.2), seeds=[0, 1], protocol="short", dataset="mnist"),
+        row("CCN", value=80.0, seeds=2, n=10_000, protocol="short", dataset="mnist"),
+    ]
+    table = side_by_side(CHAPTER, "table1", columns="mnist", measured=rows, folder=store)
+    head, body, text = parsed(table._repr_html_())
+    assert head == [["", "mnist fgsm"], ["", "0", "0.1", "0.2", "0.3", "0.4"]]
+    assert body["SM"][3] == "31.00 28.10–34.20 (31.76)"
+    assert body["CCN"][3] == "80.00 (81.38)"
+    assert "2 of 30 cells measured" in text and "95% interval" in text
+    assert "protocol short on mnist; n = 360 to 10,000; seeds 0, 1, 2; a toy; 3 s in all" in text
+    assert "not mnist" not in text and "<sup>" not in table.html
+    assert "31.0" in repr(table) and "protocol short on mnist" in repr(table)
+
+
+def test_a_stand_in_is_never_passed_off_as_the_papers_data_set(store: Path) -> None:
+    record(CHAPTER, [row("SM"), row("LS", "cifar10 fgsm 0", dataset="cifar10-jpeg")], store)
+    table = side_by_side(CHAPTER, "table1", rows=["SM"], columns="mnist", folder=store)
+    assert "protocol quick on digits, not mnist" in table.html
+    assert "protocol quick on digits, not mnist" in table.text
+    both = side_by_side(CHAPTER, "table1", folder=store).text
+    assert "on cifar10-jpeg, not cifar10" in both
+
+
+def test_numbers_of_several_kinds_each_carry_a_mark(store: Path) -> None:
+    rows = [
+        row("SM", value=10.0),
+        row("SM", "mnist fgsm 0", 98.0, protocol="short", dataset="mnist"),
+        row("CCN", value=20.0, protocol="short", dataset="mnist"),
+    ]
+    table = side_by_side(CHAPTER, "table1", columns="mnist", measured=rows, folder=store)
+    legend = dict(
+        line.split(": ", 1) for line in table.text.splitlines() if re.match("[a-z]: ", line)
+    )
+    marks = {text.split(";")[0]: mark for mark, text in legend.items()}
+    quick, short = marks["protocol quick on digits, not mnist"], marks["protocol short on mnist"]
+    _, body, _ = parsed(table.html)
+    assert body["SM"][3] == f"10.00 {quick} (31.76)"
+    assert body["SM"][0] == f"98.00 {short} (99.50)"
+    assert body["CCN"][3] == f"20.00 {short} (81.38)"
+    assert f"10.00{quick} (31.76)" in table.text
+
+
+def test_rows_and_columns_are_chosen_and_ordered(store: Path) -> None:
+    choice = {"rows": ["CCN", "SM"], "columns": ["mnist fgsm 0.3", "cifar10 fgsm 8/255"]}
+    table = side_by_side(CHAPTER, "table1", **choice, folder=store)
+    head, body, text = parsed(table.html)
+    assert head == [["", "mnist fgsm", "cifar10 fgsm"], ["", "0.3", "8/255"]]
+    assert body == {"CCN": ["– (81.38)", "– (69.65)"], "SM": ["– (31.76)", "– (14.30)"]}
+    assert "0 of 4 cells" in text
+    for wrong in ({"rows": ["nobody"]}, {"columns": ["mnist"]}, {"columns": "svhn"}):
+        with pytest.raises(ValueError, match=r"no (row|column) .*: expected one of"):
+            side_by_side(CHAPTER, "table1", **wrong, folder=store)
+    with pytest.raises(ValueError, match=r"no table 'table10': expected one of table1, table2"):
+        side_by_side(CHAPTER, "table10", folder=store)
+
+
+def test_other_metrics_stand_under_their_attack_with_the_papers_decimals(store: Path) -> None:
+    rows = [
+        row("SM", "mnist c&w", 1.23456, metric="mean distance", table="table11", dataset="mnist"),
+        row("SM", "mnist deepfool", 0.2, metric="robustness", table="table3", dataset="mnist"),
+    ]
+    table = side_by_side(CHAPTER, "table11", measured=rows, folder=store)
+    head, body, _ = parsed(table.html)
+    assert head == [["", "mnist c&w"], ["", "mean distance", "success probability"]]
+    assert body["SM"] == ["1.235 (1.393)", "– (100)"]
+    assert "c&amp;w" in table.html
+    _, body, _ = parsed(side_by_side(CHAPTER, "table3", measured=rows, folder=store).html)
+    assert body["SM"] == ["0.200 (0.225)", "– (0.014)"]
+
+
+def test_what_the_paper_does_not_have_is_shown_without_its_number(store: Path) -> None:
+    rows = [
+        row("CCN", "mnist pgd 0.3", 4.0, table="stronger"),
+        row("CCN", "mnist pgd 0.3", 4.0),
+        row("PGD-trained", value=90.0),
+    ]
+    alone = side_by_side(CHAPTER, "stronger", measured=rows, folder=store)
+    assert parsed(alone.html)[1] == {"CCN": ["4.00"]} and "1 cells measured" in alone.text
+    _, body, text = parsed(
+        side_by_side(CHAPTER, "table1", columns="mnist", measured=rows, folder=store).html
+    )
+    assert body["CCN"][3:] == ["– (81.38)", "– (60.65)", "4.00"]
+    assert body["PGD-trained"] == ["", "", "", "90.00", "", ""]
+    assert "0 of 30 cells measured" in text
+
+
+def test_a_table_scrolls_by_itself_and_brings_no_colors(store: Path) -> None:
+    html = side_by_side(CHAPTER, "table1", folder=store).html
+    soup = BeautifulSoup(html, "html.parser")
+    assert {tag["style"] for tag in soup.find_all(style=True)} == {"overflow-x:auto"}
+    assert len(soup.select(".side-by-side-scroll table.table")) == 1
+    assert "color" not in html
