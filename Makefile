@@ -9,7 +9,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 book: .venv/.book
-	@$(BIN)/python book/build.py
+	@$(BIN)/python -m book.build
 
 test: .venv/.test
 	$(BIN)/ruff check
@@ -22,12 +22,12 @@ bench: .venv/.test
 
 # For authors: the address into every place that needs it, then .ipynb and .md in step.
 sync: .venv/.book
-	$(BIN)/python book/address.py
+	$(BIN)/python -m book.address
 	$(BIN)/jupytext --sync chapters/*.ipynb book/*.ipynb
 
 # For authors: run the committed notebooks in place, at their default parameters.
 execute: sync
-	$(BIN)/python book/execute.py
+	$(BIN)/python -m book.execute
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

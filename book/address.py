@@ -5,7 +5,6 @@ Set-up cells, Colab badges, the README and CITATION.cff cannot read a configurat
 """
 
 import re
-import subprocess
 from pathlib import Path
 
 import yaml
@@ -35,17 +34,9 @@ def slug(root: Path) -> str:
 
 
 def texts(root: Path) -> list[Path]:
-    """The files under version control, or about to be, that may spell the address out."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    kinds = {".cff", ".ipynb", ".md"}
-    paths = [root / name for name in listed.stdout.splitlines()]
-    return [path for path in paths if path.suffix in kinds and path.is_file()]
+    """The files that may spell the address out."""
+    kinds = ("*.cff", "*.md", "book/*.md", "book/*.ipynb", "chapters/*.md", "chapters/*.ipynb")
+    return [path for kind in kinds for path in sorted(root.glob(kind))]
 
 
 def spelled_out(text: str) -> list[str]:

@@ -52,6 +52,7 @@ def run(notebook: Path, result: Path, **parameters: object) -> None:
             kernel_name="python3",
             cwd=notebook.parent,
             progress_bar=sys.stderr.isatty(),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
         executed = nbformat.read(partial, as_version=4)
         for cell in executed.cells:

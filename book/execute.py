@@ -2,7 +2,7 @@
 
 What is committed is what a reader would get: outputs kept, and nothing that differs from one
 run to the next for no reason (progress bars, time stamps, random cell ids).
-Name notebooks to run only these: `python book/execute.py chapters/compact_convolution.ipynb`.
+Name notebooks to run only these: `python -m book.execute PATH`.
 """
 
 import hashlib
@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import nbformat
-from build import ROOT, notebooks, run
 from nbformat import NotebookNode
+
+from book.build import ROOT, notebooks, run
 
 KEPT = ("accelerator", "colab", "jupytext", "kernelspec")
 
@@ -22,7 +23,9 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata = NotebookNode(kept | {"language_info": {"name": "python"}})
     taken: set[str] = set()
     for cell in notebook.cells:
-        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
+        cell.metadata = NotebookNode(
+            {key: cell.metadata[key] for key in ("tags", "nbgrader") if cell.metadata.get(key)}
+        )
         cell.id = _unused_id(cell.source, taken)
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]

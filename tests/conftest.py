@@ -1,0 +1,24 @@
+"""What all tests share: steady threads, figures without windows, what a machine lacks."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several xdist workers: one thread each
+        torch.set_num_threads(1)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """In nbval runs: what goes to stderr is no result, and drawings differ by machine."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += ("stderr", "image/svg+xml")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")

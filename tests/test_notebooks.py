@@ -1,0 +1,395 @@
+"""The committed notebooks are what they claim to be: executed, paired, repeatable, readable.
+
+Each rule is a function that raises an AssertionError; each is applied to the real notebooks, and
+to a broken copy that it has to catch.
+"""
+
+import ast
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jupytext
+import nbformat
+import papermill
+import pytest
+from jupytext.compare import NotebookDifference, compare_notebooks
+from nbformat import NotebookNode
+
+from book import address, execute
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+NOTEBOOKS = CHAPTERS + sorted((ROOT / "book").glob("*.ipynb"))
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: NotebookNode, tag: str | None = None) -> list[NotebookNode]:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
+
+
+def code_lines(notebook: NotebookNode) -> list[str]:
+    return [line for cell in code_cells(notebook) for line in cell.source.splitlines()]
+
+
+# The rules.
+
+
+def is_executed(notebook: NotebookNode) -> None:
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)), (
+        f"executed as {counts}, not top to bottom in one go: run `make execute`"
+    )
+
+
+def holds_results_only(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        kinds = {output.get("name", output.output_type) for output in cell.outputs}
+        mimes = {mime for output in cell.outputs for mime in output.get("data", {})}
+        assert not kinds & {"error", "stderr"}, f"stores {kinds}: run `make execute`\n{cell.source}"
+        assert not any("widget" in mime for mime in mimes), f"stores a widget:\n{cell.source}"
+
+
+def is_paired(path: Path) -> None:
+    text = path.with_suffix(".md")
+    assert text.exists(), f"{path.name} has no {text.name}: run `make sync`"
+    try:
+        compare_notebooks(jupytext.read(text), jupytext.read(path), "md:myst")
+    except NotebookDifference as difference:
+        raise AssertionError(
+            f"{path.name} and {text.name} differ: `make sync`\n{difference}"
+        ) from None
+
+
+def is_plain_python(notebook: NotebookNode) -> None:
+    magics = [line for line in code_lines(notebook) if re.match(r"\s*[%!]", line)]
+    assert not magics, f"a plain script cannot run {magics}"
+
+
+def has_short_cells(notebook: NotebookNode) -> None:
+    lengths = [len(cell.source.splitlines()) for cell in code_cells(notebook)]
+    assert max(lengths) <= 30, f"a cell of {max(lengths)} lines; at most 30"
+    assert statistics.median(lengths) <= 8, f"median {statistics.median(lengths)} lines; at most 8"
+
+
+def has_more_prose_than_code(notebook: NotebookNode) -> None:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(
+        r"\$\$.+?\$\$|\$.+?\$|\]\(.+?\)|^:+.*$", " ", text, flags=re.DOTALL | re.MULTILINE
+    )
+    words = len(re.findall(r"[A-Za-z][\w'’-]*", text))
+    lines = sum(bool(line.strip()) for line in code_lines(notebook))
+    assert words >= 10 * lines, f"{words} words of prose for {lines} lines of code"
+
+
+def has_typed_parameters(path: Path) -> None:
+    cells = code_cells(read(path), "parameters")
+    assert len(cells) == 1, f"{len(cells)} cells tagged `parameters`; expected one"
+    for line in cells[0].source.splitlines():
+        (statement,) = ast.parse(line).body
+        assert isinstance(statement, ast.AnnAssign) and statement.value is not None, (
+            f"expected name: type = value, got {line!r}"
+        )
+        assert re.search(r"  # \w.+", line), f"no comment that says what it does: {line!r}"
+        names = {node.id for node in ast.walk(statement.value) if isinstance(node, ast.Name)}
+        assert not names, f"derived from {names}, which papermill sets only later: {line!r}"
+    known = papermill.inspect_notebook(path)
+    assert {"protocol", "dataset", "device", "seed", "record"} <= known.keys(), sorted(known)
+    assert known["protocol"]["default"] in ('"quick"', "'quick'"), "the default protocol is quick"
+
+
+def is_tagged_for_nbval(notebook: NotebookNode) -> None:
+    checked = code_cells(notebook, "nbval-check-output")
+    ignored = code_cells(notebook, "nbval-ignore-output")
+    assert checked, "no cell tagged nbval-check-output: nothing is promised to repeat"
+    assert not any(cell in ignored for cell in checked), "a cell with both tags"
+    for cell in checked:
+        kinds = {mime for output in cell.outputs for mime in output.get("data", {"text": ""})}
+        assert any("text" in kind for kind in kinds), f"nothing to compare:\n{cell.source}"
+    for cell in ignored:
+        assert cell.outputs, f"no output to ignore:\n{cell.source}"
+
+
+def has_one_address(path: Path) -> None:
+    found = address.spelled_out(path.read_text())
+    assert set(found) <= {address.slug(ROOT)}, f"{path.name} spells out {found}: run `make sync`"
+
+
+def repeats(folder: Path) -> None:
+    """Run the notebooks below `folder`, where they lie, and compare with what they store."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    command += ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg"]
+    command += ["-q", "--color=no", "--rootdir", str(folder), str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+# The real notebooks.
+
+
+def test_there_are_chapters() -> None:
+    assert CHAPTERS
+
+
+@every_notebook
+@pytest.mark.parametrize(
+    "rule",
+    [
+        is_executed,
+        holds_results_only,
+        is_plain_python,
+        has_short_cells,
+        has_more_prose_than_code,
+        is_tagged_for_nbval,
+    ],
+    ids=lambda rule: rule.__name__,
+)
+def test_form(rule: Callable[[NotebookNode], None], path: Path) -> None:
+    rule(read(path))
+
+
+@every_notebook
+def test_pair(path: Path) -> None:
+    is_paired(path)
+
+
+@every_chapter
+def test_parameters(path: Path) -> None:
+    has_typed_parameters(path)
+
+
+@pytest.mark.parametrize("path", address.texts(ROOT), ids=lambda path: path.name)
+def test_address(path: Path) -> None:
+    has_one_address(path)
+
+
+@every_chapter
+def test_chapter_spells_the_address_out_for_set_up_and_badge(path: Path) -> None:
+    assert len(address.spelled_out(path.read_text())) >= 2
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of what the notebooks need around them, free to be written to."""
+    for name in ("chapters", "book"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.py"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_outputs_repeat(clone: Path) -> None:
+    repeats(clone)
+
+
+@pytest.mark.slow
+@every_notebook
+def test_runs_as_a_plain_script(path: Path, clone: Path) -> None:
+    script = clone / path.relative_to(ROOT).with_suffix(".py")
+    jupytext.write(read(path), script, fmt="py:percent")
+    run = subprocess.run(
+        [sys.executable, script.name],
+        cwd=script.parent,
+        env=os.environ | {"MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.slow
+@every_chapter
+def test_set_up_cell_fetches_the_book_where_it_is_missing(path: Path, tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: nothing to clone")
+    (cell,) = code_cells(read(path), "setup")
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", "bare"], cwd=tmp_path, check=True
+    )
+    ask = "print(importlib.util.find_spec('defenses').origin)"
+    run = subprocess.run(
+        ["bare/bin/python", "-c", f"{cell.source}\n{ask}"],
+        cwd=tmp_path,
+        env={
+            "PATH": os.environ["PATH"],
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
+            "GIT_CONFIG_VALUE_0": f"https://github.com/{address.slug(ROOT)}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).is_relative_to(tmp_path)
+
+
+# The rules catch what they are there for.
+
+
+def notebook_of(*cells: NotebookNode) -> NotebookNode:
+    return nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# Title\n\nProse."), *cells],
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        },
+    )
+
+
+def code(source: str, *tags: str) -> NotebookNode:
+    return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)} if tags else {})
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> NotebookNode:
+    """A notebook that keeps the rules, executed by the same tool as the real ones."""
+    folder = tmp_path_factory.mktemp("small")
+    noise = "import sys, time\nprint(time.time(), file=sys.stderr)\nprint(6 * 7)"
+    unsure = "import random\nprint(random.random())"
+    cells = [code(noise, "nbval-check-output"), code(unsure, "nbval-ignore-output")]
+    nbformat.write(notebook_of(*cells), folder / "small.ipynb")
+    execute.main([folder / "small.ipynb"])
+    return read(folder / "small.ipynb")
+
+
+@pytest.fixture
+def copy(small: NotebookNode, tmp_path: Path) -> Path:
+    """A pair that each test may break."""
+    path = tmp_path / "small.ipynb"
+    nbformat.write(small, path)
+    jupytext.write(small, path.with_suffix(".md"), fmt="md:myst")
+    return path
+
+
+def test_good_notebook_keeps_every_rule(copy: Path) -> None:
+    is_executed(read(copy))
+    holds_results_only(read(copy))
+    is_plain_python(read(copy))
+    has_short_cells(read(copy))
+    is_tagged_for_nbval(read(copy))
+    is_paired(copy)
+    repeats(copy.parent)
+
+
+def test_executing_stores_no_noise_and_changes_nothing_twice(copy: Path) -> None:
+    before = copy.read_text()
+    nbformat.write(execute.clean(read(copy)), copy)
+    assert copy.read_text() == before
+    assert "iopub" not in before  # a time stamp
+
+
+def test_nbval_fails_on_a_tampered_output(copy: Path) -> None:
+    text = copy.read_text()
+    assert text.count('"42\\n"') == 1
+    copy.write_text(text.replace('"42\\n"', '"43\\n"'))
+    with pytest.raises(AssertionError, match="mismatch"):
+        repeats(copy.parent)
+
+
+def test_stripped_notebook_passes_nbval_but_not_us(copy: Path) -> None:
+    stripped = read(copy)
+    for cell in code_cells(stripped):
+        cell.update(execution_count=None, outputs=[])
+    nbformat.write(stripped, copy)
+    repeats(copy.parent)  # vacuous: this is why the next line is needed
+    with pytest.raises(AssertionError, match="make execute"):
+        is_executed(stripped)
+
+
+def test_one_unexecuted_cell_is_caught(small: NotebookNode) -> None:
+    added = nbformat.from_dict({**small, "cells": [*small.cells, code("1 + 1")]})
+    with pytest.raises(AssertionError, match="not top to bottom"):
+        is_executed(added)
+
+
+@pytest.mark.parametrize(("old", "new"), [("6 * 7", "6 * 8"), ("Prose.", "Other prose.")])
+def test_pair_out_of_step_is_caught(copy: Path, old: str, new: str) -> None:
+    text = copy.with_suffix(".md")
+    text.write_text(text.read_text().replace(old, new))
+    with pytest.raises(AssertionError, match="differ"):
+        is_paired(copy)
+
+
+def test_missing_pair_is_caught(copy: Path) -> None:
+    copy.with_suffix(".md").unlink()
+    with pytest.raises(AssertionError, match=r"has no small\.md"):
+        is_paired(copy)
+
+
+@pytest.mark.parametrize("name", ["error", "stderr"])
+def test_stored_failure_is_caught(small: NotebookNode, name: str) -> None:
+    cell = code("1 / 0")
+    cell.outputs = [
+        nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="", traceback=[])
+        if name == "error"
+        else nbformat.v4.new_output("stream", name="stderr", text="warning")
+    ]
+    with pytest.raises(AssertionError, match=name):
+        holds_results_only(notebook_of(cell))
+
+
+@pytest.mark.parametrize("line", ["%matplotlib inline", "!pip install torch", "    %timeit f()"])
+def test_magic_is_caught(line: str) -> None:
+    with pytest.raises(AssertionError, match="plain script"):
+        is_plain_python(notebook_of(code(f"x = 1\n{line}")))
+
+
+def test_long_cells_are_caught() -> None:
+    with pytest.raises(AssertionError, match="31 lines"):
+        has_short_cells(notebook_of(code("\n".join(["x = 1"] * 31)), code("x"), code("x")))
+    with pytest.raises(AssertionError, match="median 9"):
+        has_short_cells(notebook_of(code("\n".join(["x = 1"] * 9))))
+
+
+def test_mathematics_and_directives_are_no_prose() -> None:
+    padding = "$$\n" + "a b c " * 50 + "\n$$\n\n:::{exercise}\n:label: " + "word " * 50 + "\n:::"
+    cell = nbformat.v4.new_markdown_cell(padding)
+    with pytest.raises(AssertionError, match=r"2 words of prose for 1 lines"):
+        has_more_prose_than_code(notebook_of(cell, code("x = 1")))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seed = 0  # the seed", "name: type = value"),
+        ("seed: int = 0", "no comment"),
+        ("seed: int = protocol  # the seed", "derived from"),
+        ("seed: int = 0  # the seed", "protocol"),
+    ],
+)
+def test_careless_parameters_are_caught(tmp_path: Path, line: str, message: str) -> None:
+    nbformat.write(notebook_of(code(line, "parameters")), tmp_path / "a.ipynb")
+    with pytest.raises(AssertionError, match=message):
+        has_typed_parameters(tmp_path / "a.ipynb")
+
+
+def test_other_address_is_caught_and_filled_in(tmp_path: Path) -> None:
+    (tmp_path / "_config.yml").write_text("repository:\n  url: https://github.com/new/home\n")
+    clone = '["git", "clone", "--depth", "1", "https://github.com/old/place", "book"]'
+    badge = "https://colab.research.google.com/github/old/place/blob/main/chapters/a.ipynb"
+    nbformat.write(notebook_of(code(f"run({clone})")), tmp_path / "a.ipynb")
+    (tmp_path / "b.md").write_text(f"[Colab]({badge})\ngit clone https://github.com/old/place\n")
+    (tmp_path / "CITATION.cff").write_text('repository-code: "https://github.com/old/place"\n')
+    with pytest.raises(AssertionError, match="make sync"):
+        has_one_address(tmp_path / "a.ipynb")
+    assert {path.name for path in address.fill_in(tmp_path)} == {"a.ipynb", "b.md", "CITATION.cff"}
+    written = "".join(path.read_text() for path in address.texts(tmp_path))
+    assert "old/place" not in written
+    assert address.spelled_out(written) == ["new/home"] * 4
+    assert address.fill_in(tmp_path) == []
+
+
+def test_unusable_address_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "_config.yml").write_text("repository:\n  url: github.com/me\n")
+    with pytest.raises(ValueError, match="OWNER/REPOSITORY"):
+        address.slug(tmp_path)
