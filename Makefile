@@ -20,10 +20,12 @@ test: .venv/.test
 bench: .venv/.test
 	$(BIN)/python -m pytest tests/benchmarks
 
-# For authors: the address into every place that needs it, then .ipynb and .md in step.
-sync: .venv/.book
+# For authors: the address into every place that needs it, code formatted, .ipynb and .md in step.
+sync: .venv/.test
 	$(BIN)/python -m book.address
-	$(BIN)/jupytext --sync chapters/*.ipynb book/*.ipynb
+	$(BIN)/jupytext --quiet --sync chapters/*.ipynb book/*.ipynb
+	$(BIN)/ruff format --quiet chapters book
+	$(BIN)/jupytext --quiet --sync chapters/*.ipynb book/*.ipynb
 
 # For authors: run the committed notebooks in place, at their default parameters.
 execute: sync

@@ -18,6 +18,7 @@ SPELLED_OUT = re.compile(
     r"|mybinder\.org/v2/gh/"
     r"|clone (?:--depth 1 )?https://github\.com/"
     r'|clone\\?", .{0,30}?https://github\.com/'
+    r'|address = \\?"https://github\.com/'
     r'|repository-code: "https://github\.com/'
     r")(?P<slug>[\w.-]+/[\w-]+)"
 )
@@ -35,7 +36,14 @@ def slug(root: Path) -> str:
 
 def texts(root: Path) -> list[Path]:
     """The files that may spell the address out."""
-    kinds = ("*.cff", "*.md", "book/*.md", "book/*.ipynb", "chapters/*.md", "chapters/*.ipynb")
+    kinds = (
+        "*.cff",
+        "*.md",
+        "book/*.md",
+        "book/*.ipynb",
+        "chapters/*.md",
+        "chapters/*.ipynb",
+    )
     return [path for kind in kinds for path in sorted(root.glob(kind))]
 
 

@@ -151,7 +151,6 @@ def test_there_are_chapters() -> None:
         holds_results_only,
         is_plain_python,
         has_short_cells,
-        has_more_prose_than_code,
         is_tagged_for_nbval,
     ],
     ids=lambda rule: rule.__name__,
@@ -168,6 +167,11 @@ def test_pair(path: Path) -> None:
 @every_chapter
 def test_parameters(path: Path) -> None:
     has_typed_parameters(path)
+
+
+@every_chapter
+def test_prose(path: Path) -> None:
+    has_more_prose_than_code(read(path))
 
 
 @pytest.mark.parametrize("path", address.texts(ROOT), ids=lambda path: path.name)
@@ -377,11 +381,12 @@ def test_other_address_is_caught_and_filled_in(tmp_path: Path) -> None:
     (tmp_path / "_config.yml").write_text("repository:\n  url: https://github.com/new/home\n")
     clone = '["git", "clone", "--depth", "1", "https://github.com/old/place", "book"]'
     badge = "https://colab.research.google.com/github/old/place/blob/main/chapters/a.ipynb"
-    nbformat.write(notebook_of(code(f"run({clone})")), tmp_path / "a.ipynb")
+    (tmp_path / "chapters").mkdir()
+    nbformat.write(notebook_of(code(f"run({clone})")), tmp_path / "chapters" / "a.ipynb")
     (tmp_path / "b.md").write_text(f"[Colab]({badge})\ngit clone https://github.com/old/place\n")
     (tmp_path / "CITATION.cff").write_text('repository-code: "https://github.com/old/place"\n')
     with pytest.raises(AssertionError, match="make sync"):
-        has_one_address(tmp_path / "a.ipynb")
+        has_one_address(tmp_path / "chapters" / "a.ipynb")
     assert {path.name for path in address.fill_in(tmp_path)} == {"a.ipynb", "b.md", "CITATION.cff"}
     written = "".join(path.read_text() for path in address.texts(tmp_path))
     assert "old/place" not in written
