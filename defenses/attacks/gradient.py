@@ -1,0 +1,296 @@
+"""Attacks that climb the loss inside an L∞ ball of radius ε: FGSM, BIM, MIM and PGD.
+
+All four are one loop, x_{t+1} = clip(x_t + step_size · sign(g_t)), with other starts, steps and
+directions. sign(0) = 0: a pixel whose gradient is exactly zero stays where it is in that step.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .contract import attacking, check_count, generator_for, input_gradient
+from .losses import Objective, PerImageLoss, objective
+
+
+def fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    loss: str | PerImageLoss = "ce",
+    target: Tensor | None = None,
+) -> Tensor:
+    """Fast gradient sign method: x + ε·sign(∇ₓ loss), clipped to [0, 1].
+
+    Goodfellow et al. (2015); Eq. 7 of Ranjan et al. (2018). Every image takes the step, fooled or
+    not, so this is also the attack to train on and to transfer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps images in [0, 1] to logits (N, K); normalizes inside.
+    x : Tensor
+        Images (N, C, H, W), float32 or float64, in [0, 1].
+    y : Tensor
+        Labels int64 (N,).
+    eps : float
+        Radius of the L∞ ball, in units of pixels in [0, 1].
+    loss : str or callable
+        ``"ce"``, ``"ce_textbook"``, ``"margin"``, ``"dlr"``, or ``(model, x, y) -> (N,)``; see
+        `defenses.attacks.losses`.
+    target : Tensor, optional
+        Labels (N,) to move towards; without it the attack moves away from `y`.
+
+    Returns
+    -------
+    Tensor
+        Images like `x`, at most `eps` away from it in every pixel, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        For images, labels, a budget or a model that break the above, each with the remedy.
+    """
+    return _attack(model, x, y, target, loss, eps=eps, step_size=eps, steps=1, early_stop=False)
+
+
+def bim(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    loss: str | PerImageLoss = "ce",
+    target: Tensor | None = None,
+    early_stop: bool = True,
+) -> Tensor:
+    """Basic iterative method (Kurakin et al., 2017): `pgd` that starts at the image itself.
+
+    Parameters, result and errors are those of `pgd`.
+    """
+    return _attack(
+        model,
+        x,
+        y,
+        target,
+        loss,
+        eps=eps,
+        step_size=step_size,
+        steps=steps,
+        early_stop=early_stop,
+    )
+
+
+def mim(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    decay: float = 1.0,
+    loss: str | PerImageLoss = "ce",
+    target: Tensor | None = None,
+    early_stop: bool = True,
+) -> Tensor:
+    """Momentum iterative method (Dong et al., 2018, Alg. 1): `bim` along the sign of g_t.
+
+    g_t = decay · g_{t−1} + ∇/‖∇‖₁ (their Eq. 6). A gradient that is exactly zero adds nothing, so
+    the momentum carries the image on. Parameters, result and errors are those of `pgd`.
+    """
+    if not decay >= 0:
+        raise ValueError(f"decay is {decay}, expected >= 0")
+    return _attack(
+        model,
+        x,
+        y,
+        target,
+        loss,
+        eps=eps,
+        step_size=step_size,
+        steps=steps,
+        decay=decay,
+        early_stop=early_stop,
+    )
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    random_start: bool = True,
+    restarts: int = 1,
+    loss: str | PerImageLoss = "ce",
+    target: Tensor | None = None,
+    early_stop: bool = True,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Projected gradient descent in the L∞ ball (Madry et al., 2018).
+
+    Every iterate is judged: the first that fools the model is kept, and its image leaves the
+    batch. An image that no iterate of any restart fooled comes back at its highest loss; one that
+    needs no attack (misclassified, or at its target, from the start) comes back unchanged.
+
+    Parameters
+    ----------
+    model, x, y, eps, loss, target
+        As in `fgsm`. With `target`, success means that the model says the target.
+    step_size : float
+        Length of a step in every pixel, in units of pixels in [0, 1].
+    steps : int
+        Gradient steps a restart, at least 1.
+    random_start : bool
+        Start at a uniform draw from the ball, clipped to [0, 1], instead of at the image.
+    restarts : int
+        Starts an image; only images that are not fooled yet start again.
+    early_stop : bool
+        False runs the textbook loop, for adversarial training and transfer: every image takes all
+        steps, nothing is judged, the last iterate is returned.
+    seed, generator : int or torch.Generator, optional
+        Where the starts are drawn from. Each restart draws for the whole batch, so an image's
+        start depends on its place in the batch, and on nothing that happened to the others.
+
+    Returns
+    -------
+    Tensor
+        Images like `x`, at most `eps` away from it in every pixel, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        For images, labels, a budget or a model that break the above, each with the remedy.
+    """
+    return _attack(
+        model,
+        x,
+        y,
+        target,
+        loss,
+        eps=eps,
+        step_size=step_size,
+        steps=steps,
+        random_start=random_start,
+        restarts=restarts,
+        early_stop=early_stop,
+        generator=generator_for(x, seed, generator),
+    )
+
+
+def _attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    target: Tensor | None,
+    loss: str | PerImageLoss,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    decay: float = 0.0,
+    random_start: bool = False,
+    restarts: int = 1,
+    early_stop: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, expected a radius >= 0 in units of pixels in [0, 1]")
+    if not (step_size > 0 or step_size == eps == 0):
+        raise ValueError(f"step_size is {step_size}, expected > 0")
+    if restarts > 1 and not (random_start and early_stop):
+        raise ValueError(
+            f"restarts is {restarts}: more than one needs random_start=True and early_stop=True, "
+            "without which each would do the same"
+        )
+    with attacking(model, x, y, target) as logits_of:
+        x = x.detach()
+        ascent = _Ascent(objective(model, logits_of, loss), x, y, target, eps, step_size, decay)
+        if not early_stop:
+            return ascent.last(ascent.start(generator) if random_start else x, steps)
+        x_adv = x.clone()
+        height = x.new_full((len(x),), -torch.inf)  # of the loss at x_adv; inf once it fools
+        if random_start and len(x):
+            with torch.no_grad():
+                height[_fooled(logits_of(x), y, target)] = torch.inf
+        for _ in range(restarts):
+            start = ascent.start(generator) if random_start else x
+            ascent.first_fooling(start, steps, x_adv, height)
+        return x_adv
+
+
+class _Ascent:
+    def __init__(
+        self,
+        climb: Objective,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None,
+        eps: float,
+        step_size: float,
+        decay: float,
+    ) -> None:
+        self.climb, self.x, self.y, self.target = climb, x, y, target
+        self.eps, self.step_size, self.decay = eps, step_size, decay
+        self.lower, self.upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+
+    def start(self, generator: torch.Generator | None) -> Tensor:
+        x = self.x
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        return (x + self.eps * (2 * noise - 1)).clamp(self.lower, self.upper)
+
+    def last(self, x_t: Tensor, steps: int) -> Tensor:
+        every, g = torch.arange(len(x_t), device=x_t.device), torch.zeros_like(x_t)
+        for _ in range(steps):
+            x_t = x_t.detach().requires_grad_()
+            value, _ = self.climb(x_t, self.y, self.target)
+            x_t, g = self._step(x_t.detach(), input_gradient(value, x_t), g, every)
+        return x_t
+
+    def first_fooling(self, x_t: Tensor, steps: int, x_adv: Tensor, height: Tensor) -> None:
+        rows = (height < torch.inf).nonzero().squeeze(1)
+        x_t, g = x_t[rows], torch.zeros_like(x_t[rows])
+        for t in range(steps + 1):
+            if not len(rows):
+                return
+            y, target = self.y[rows], None if self.target is None else self.target[rows]
+            value, logits = self.climb(x_t.requires_grad_(t < steps), y, target)
+            fooled = _fooled(logits, y, target)
+            reached = torch.where(fooled, torch.inf, value.detach().to(height))
+            higher = _per_image(reached > height[rows])
+            x_adv[rows] = torch.where(higher, x_t.detach(), x_adv[rows])
+            height[rows] = torch.maximum(reached, height[rows])
+            if t < steps:
+                gradient = input_gradient(value, x_t)
+                left = (~fooled).nonzero().squeeze(1)
+                rows = rows[left]
+                x_t, g = self._step(x_t.detach()[left], gradient[left], g[left], rows)
+
+    def _step(
+        self, x_t: Tensor, gradient: Tensor, g: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        g = gradient if self.decay == 0 else self.decay * g + _unit_l1(gradient)
+        x_next = x_t + self.step_size * g.sign()
+        return x_next.clamp(self.lower[rows], self.upper[rows]), g
+
+
+def _fooled(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+    predicted = logits.argmax(dim=1)
+    return predicted != y if target is None else predicted == target
+
+
+def _unit_l1(gradient: Tensor) -> Tensor:
+    norm = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+    return gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

@@ -1,0 +1,136 @@
+"""What a gradient attack climbs: cross-entropy, margin, DLR (Croce & Hein, 2020), or any callable.
+
+Each loss maps logits (N, K) and labels (N,) to one value an image (N,), larger where the model
+errs more. None of them multiplies logits by a mask, so their sign does not matter.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contract import Logits
+
+PerImageLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Objective = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """−log softmax(z)_y as every library computes it.
+
+    In float32 its gradient is rounded from a logit gap of about 14 on, and exactly 0 from about
+    104 on: what looks like robustness there is rounding. See `log_odds`.
+    """
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy without its saturation: m = logsumexp_{j≠y} z_j − z_y.
+
+    Cross-entropy is softplus(m), and ∇CE = σ(m)·∇m with σ(m) > 0 a number for each image: the
+    same order, the same direction and the same signs, with nothing that could round to zero.
+    """
+    return _others(logits, y).logsumexp(dim=1) - _at(logits, y)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{j≠y} z_j − z_y: positive exactly where the image is misclassified."""
+    return _others(logits, y).amax(dim=1) - _at(logits, y)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio: the margin over z_π1 − z_π3 (Croce & Hein, 2020, Eq. 6).
+
+    Raises
+    ------
+    ValueError
+        With fewer than 3 classes: there is no third logit.
+    """
+    top = _top(logits, 3)
+    return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp(min=1e-12)
+
+
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """(z_t − z_y) / (z_π1 − (z_π3 + z_π4)/2) (Croce & Hein, 2020, Eq. 7).
+
+    Raises
+    ------
+    ValueError
+        With fewer than 4 classes: there is no fourth logit.
+    """
+    top = _top(logits, 4)
+    ratio = _at(logits, target) - _at(logits, y)
+    return ratio / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
+
+
+LOSSES = {"ce": log_odds, "ce_textbook": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def objective(model: nn.Module, logits_of: Logits, loss: str | PerImageLoss) -> Objective:
+    """What an attack climbs: ``(x, y, target) -> (value (N,), logits (N, K))``.
+
+    Without a target the loss of `y` is climbed; with one, the loss of the target is descended.
+
+    Parameters
+    ----------
+    loss : str or callable
+        ``"ce"`` (`log_odds`), ``"ce_textbook"`` (`cross_entropy`), ``"margin"``, ``"dlr"``, or
+        ``(model, x, y) -> loss (N,)``, the hook for adaptive attacks; success is then judged on a
+        forward pass of its own.
+    """
+    if callable(loss):
+        return partial(_of_callable, model, logits_of, loss)
+    if loss not in LOSSES:
+        raise ValueError(
+            f"loss is {loss!r}, expected one of {', '.join(LOSSES)}, "
+            "or a callable (model, x, y) -> loss of shape (N,)"
+        )
+    return partial(_of_logits, logits_of, loss)
+
+
+def _of_logits(
+    logits_of: Logits, loss: str, x: Tensor, y: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    logits = logits_of(x)
+    if target is None:
+        return LOSSES[loss](logits, y), logits
+    if loss == "dlr":
+        return dlr_targeted(logits, y, target), logits
+    return -LOSSES[loss](logits, target), logits
+
+
+def _of_callable(
+    model: nn.Module,
+    logits_of: Logits,
+    loss: PerImageLoss,
+    x: Tensor,
+    y: Tensor,
+    target: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    value = loss(model, x, y) if target is None else -loss(model, x, target)
+    if value.shape != y.shape:
+        raise ValueError(
+            f"the loss has shape {tuple(value.shape)}, expected {tuple(y.shape)}: one value an "
+            "image, not their mean"
+        )
+    with torch.no_grad():
+        return value, logits_of(x)
+
+
+def _at(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.gather(1, y[:, None]).squeeze(1)
+
+
+def _others(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.scatter(1, y[:, None], -torch.inf)
+
+
+def _top(logits: Tensor, count: int) -> Tensor:
+    if logits.shape[1] < count:
+        raise ValueError(
+            f"DLR needs at least {count} classes here, the model has {logits.shape[1]}: "
+            'use loss="margin"'
+        )
+    return logits.topk(count, dim=1).values

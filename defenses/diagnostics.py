@@ -1,0 +1,116 @@
+"""Signs of gradient masking: that an attack failed does not say that the defense holds.
+
+The signs are those of Athalye, Carlini & Wagner (2018, §3.1) and Carlini et al. (2019).
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .attacks.contract import attacking, input_gradient
+from .attacks.losses import PerImageLoss, objective
+from .evaluation import Accuracy, Split, on_device_of
+
+
+@dataclass(frozen=True)
+class ZeroGradients:
+    """Shares, in [0, 1], of exact zeros of the input gradient over `n` images.
+
+    ``images``: whose whole gradient is zero, so that no gradient attack moves them; ``pixels``:
+    of all pixels of all images.
+    """
+
+    images: float
+    pixels: float
+    n: int
+
+
+def zero_gradient_share(
+    model: nn.Module,
+    data_split: Split,
+    loss: str | PerImageLoss = "ce_textbook",
+    *,
+    batch_size: int = 500,
+) -> ZeroGradients:
+    """How much of ∇ₓ loss is exactly zero.
+
+    The default is cross-entropy as every library computes it, which rounds to zero on confident
+    images; ``"ce"`` and ``"margin"`` do not saturate, so what stays zero there is the model's.
+    """
+    zero_images = zero_pixels = images = pixels = 0
+    for x, y in on_device_of(model, data_split, batch_size):
+        with attacking(model, x, y) as logits_of:
+            x = x.detach().requires_grad_()
+            value, _ = objective(model, logits_of, loss)(x, y, None)
+            zero = (input_gradient(value, x) == 0).flatten(1)
+        zero_images += int(zero.all(dim=1).sum())
+        zero_pixels += int(zero.sum())
+        images, pixels = images + len(x), pixels + zero.numel()
+    return ZeroGradients(zero_images / images, zero_pixels / pixels, images)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One sign of masking: whether it is raised, and the two numbers (in [0, 1]) it compares."""
+
+    sign: str
+    raised: bool
+    found: float
+    compared_with: float
+
+    def __repr__(self) -> str:
+        mark = "RAISED" if self.raised else "clear"
+        return (
+            f"{mark}: {self.sign} ({100 * self.found:.1f}% against {100 * self.compared_with:.1f}%)"
+        )
+
+
+def masking_flags(
+    *,
+    fgsm: Accuracy | None = None,
+    pgd: Accuracy | None = None,
+    margin: Accuracy | None = None,
+    transfer: Accuracy | None = None,
+    black_box: Accuracy | None = None,
+    at_half: Accuracy | None = None,
+    chance: float = 0.1,
+    zero_gradients: ZeroGradients | None = None,
+) -> list[Flag]:
+    """Which signs of masking the measured accuracies raise; what was not measured is left out.
+
+    An accuracy counts as lower than another only where their 95% intervals are apart.
+
+    Parameters
+    ----------
+    fgsm, pgd : Accuracy
+        One step and many steps, white-box, cross-entropy, at one ε.
+    margin : Accuracy
+        As `pgd`, with the margin loss: lower where cross-entropy had lost its gradient.
+    transfer, black_box : Accuracy
+        At the same ε, images crafted on an undefended twin, and a score-only attack.
+    at_half : Accuracy
+        `pgd` at ε = 0.5, where every image can be made one uniform gray.
+    chance : float
+        Accuracy of guessing, 1/K.
+    zero_gradients : ZeroGradients
+        From `zero_gradient_share`; raised from 1% of the images on (our choice).
+    """
+    white_box = min((a for a in (pgd, margin) if a is not None), key=float, default=None)
+    pairs = [
+        ("one step is stronger than many", fgsm, pgd),
+        ("the margin loss is stronger than cross-entropy", margin, pgd),
+        ("transfer is stronger than white-box", transfer, white_box),
+        ("black-box is stronger than white-box", black_box, white_box),
+    ]
+    flags = [
+        Flag(sign, weak.ci[1] < strong.ci[0], weak.value, strong.value)
+        for sign, weak, strong in pairs
+        if weak is not None and strong is not None
+    ]
+    if at_half is not None:
+        sign = "accuracy at ε = 0.5 is above chance"
+        flags.append(Flag(sign, at_half.ci[0] > chance, at_half.value, chance))
+    if zero_gradients is not None:
+        sign = "the input gradient of whole images is exactly zero"
+        flags.append(Flag(sign, zero_gradients.images >= 0.01, zero_gradients.images, 0.01))
+    return flags

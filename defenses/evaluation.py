@@ -1,0 +1,258 @@
+"""How a model fares under an attack: accuracies with intervals, distances, transfer, worst case."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .attacks.contract import attacking, check_images, relative_norm
+from .data import batches
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Split = tuple[Tensor, Tensor]
+
+NORMAL_975 = 1.959963984540054  # the 97.5% quantile of the normal distribution
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion (Wilson, 1927), within [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Unless 0 <= successes <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} of {n}, expected 0 <= successes <= n and n >= 1")
+    z, p = NORMAL_975, successes / n
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """Which images were classified correctly: ``correct``, bool (n,), on the CPU."""
+
+    correct: Tensor
+
+    def __post_init__(self) -> None:
+        if self.correct.dtype != torch.bool or self.correct.ndim != 1 or not len(self.correct):
+            raise ValueError(
+                f"correct is {self.correct.dtype} of shape {tuple(self.correct.shape)}, "
+                "expected bool of shape (n,) with n >= 1"
+            )
+
+    @property
+    def n(self) -> int:
+        return len(self.correct)
+
+    @property
+    def value(self) -> float:
+        """The share of correct images, in [0, 1]."""
+        return int(self.correct.sum()) / self.n
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.value
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        """95% Wilson interval of `value`, in [0, 1]."""
+        return wilson(int(self.correct.sum()), self.n)
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __repr__(self) -> str:
+        low, high = (100 * bound for bound in self.ci)
+        return f"{self.percent:.1f}% ({low:.1f}–{high:.1f}, n={self.n:,})"
+
+
+def evaluate(
+    model: nn.Module, data_split: Split, attack: Attack | None = None, *, batch_size: int = 500
+) -> Accuracy:
+    """Accuracy of `model`, on the images as they are or on what `attack` makes of them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps images in [0, 1] to logits; judged in eval mode, in full precision.
+    data_split : tuple of Tensor
+        Images (n, C, H, W), uint8 or float in [0, 1], and labels int64 (n,): ``data.test``.
+    attack : callable, optional
+        ``(model, x, y) -> x_adv``, such as ``functools.partial(pgd, eps=0.3, …)``.
+    batch_size : int
+        Images attacked at a time; bounds the memory.
+
+    Raises
+    ------
+    ValueError
+        Where the attack returns another shape or leaves [0, 1], and as every attack does.
+    """
+    correct = []
+    for x, y in on_device_of(model, data_split, batch_size):
+        correct.append(_correct(model, _attacked(attack, model, x, y), y))
+    return Accuracy(torch.cat(correct).cpu())
+
+
+def epsilon_curve(
+    model: nn.Module,
+    data_split: Split,
+    attack: Callable[..., Tensor],
+    eps: Sequence[float],
+    *,
+    batch_size: int = 500,
+) -> dict[float, Accuracy]:
+    """Accuracy for each radius in `eps`, where ``attack(model, x, y, eps=e)`` takes it."""
+    return {
+        e: evaluate(model, data_split, partial(attack, eps=e), batch_size=batch_size) for e in eps
+    }
+
+
+def transfer_matrix(
+    models: Mapping[str, nn.Module], data_split: Split, attack: Attack, *, batch_size: int = 500
+) -> dict[tuple[str, str], Accuracy]:
+    """Accuracy of every model on the images crafted on every model, keyed (tested, crafted).
+
+    Each source is attacked once. The diagonal is the white-box accuracy.
+    """
+    correct: dict[tuple[str, str], list[Tensor]] = {}
+    for crafted_on, source in models.items():
+        for x, y in on_device_of(source, data_split, batch_size):
+            x_adv = _attacked(attack, source, x, y)
+            for tested_on, model in models.items():
+                correct.setdefault((tested_on, crafted_on), []).append(_correct(model, x_adv, y))
+    return {
+        (tested_on, crafted_on): Accuracy(torch.cat(correct[tested_on, crafted_on]).cpu())
+        for tested_on in models
+        for crafted_on in models
+    }
+
+
+def worst_case(accuracies: Iterable[Accuracy]) -> Accuracy:
+    """An image counts as correct where it withstood every attack; all of the same n images."""
+    correct = [accuracy.correct for accuracy in accuracies]
+    if not correct or len({len(c) for c in correct}) > 1:
+        raise ValueError(
+            f"accuracies over {[len(c) for c in correct]} images, expected at least one, "
+            "all over the same images in the same order"
+        )
+    return Accuracy(torch.stack(correct).all(dim=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbations:
+    """What an attack did to each of n images; every field is a CPU tensor of shape (n,).
+
+    Attributes
+    ----------
+    l2, linf, relative : Tensor
+        ‖η‖₂, ‖η‖∞ and ‖η‖₂/‖x‖₂ of what the attack returned, float64.
+    clean_correct, fooled : Tensor
+        Whether the model is right about the image, and wrong about what the attack returned.
+    """
+
+    l2: Tensor
+    linf: Tensor
+    relative: Tensor
+    clean_correct: Tensor
+    fooled: Tensor
+
+
+def perturbations(
+    model: nn.Module, data_split: Split, attack: Attack, *, batch_size: int = 500
+) -> Perturbations:
+    """Run `attack` once over `data_split` and measure what it did; arguments as in `evaluate`."""
+    rows = []
+    for x, y in on_device_of(model, data_split, batch_size):
+        x_adv = _attacked(attack, model, x, y)
+        eta = (x_adv - x).flatten(1)
+        rows.append(
+            (
+                eta.norm(dim=1).double(),
+                eta.abs().amax(dim=1).double(),
+                relative_norm(x_adv, x).double(),
+                _correct(model, x, y),
+                ~_correct(model, x_adv, y),
+            )
+        )
+    return Perturbations(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
+
+
+def accuracy_within(found: Perturbations, max_residue_ratio: float) -> Accuracy:
+    """Accuracy against perturbations with ‖η‖₂/‖x‖₂ <= d (Ranjan et al., 2018, Eq. 8, Table 2).
+
+    One run of `perturbations` with DeepFool answers for every d: the path of DeepFool does not
+    depend on d, which only decides whether its end counts. An image is lost where the model was
+    wrong from the start (η = 0) or where the end of its path lies within d.
+    """
+    return Accuracy(~(found.fooled & (found.relative <= max_residue_ratio)))
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """ρ_adv with its 95% interval, over `n` images; `unfooled` more are not in the mean."""
+
+    value: float
+    ci: tuple[float, float]
+    n: int
+    unfooled: int
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __repr__(self) -> str:
+        low, high = self.ci
+        left = f", {self.unfooled:,} unfooled" if self.unfooled else ""
+        return f"{self.value:.3f} ({low:.3f}–{high:.3f}, n={self.n:,}{left})"
+
+
+def robustness(found: Perturbations) -> Robustness:
+    """ρ_adv, the mean of ‖r‖₂/‖x‖₂ (Ranjan et al., 2018, Eq. 9), with a normal 95% interval.
+
+    An image that the model gets wrong from the start needs no perturbation and counts as 0. One
+    that the attack could not fool has no r: it stays out of the mean and is counted in
+    `unfooled`, so that ρ_adv is a lower bound for what it would be with them.
+
+    Raises
+    ------
+    ValueError
+        Where not one image was fooled.
+    """
+    ratios = found.relative[found.fooled]
+    n, unfooled = len(ratios), int((~found.fooled).sum())
+    if not n:
+        raise ValueError(f"none of {unfooled} images was fooled: there is no distance to average")
+    mean = float(ratios.mean())
+    half = NORMAL_975 * float(ratios.std()) / math.sqrt(n) if n > 1 else math.inf
+    return Robustness(mean, (mean - half, mean + half), n, unfooled)
+
+
+def on_device_of(
+    model: nn.Module, data_split: Split, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels = data_split
+    device = next((p.device for p in model.parameters()), images.device)
+    for x, y in batches(images, labels, batch_size):
+        yield x.to(device), y.to(device)
+
+
+def _attacked(attack: Attack | None, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    if attack is None:
+        return x
+    x_adv = attack(model, x, y)
+    if x_adv.shape != x.shape:
+        raise ValueError(
+            f"the attack returned shape {tuple(x_adv.shape)}, expected {tuple(x.shape)}"
+        )
+    check_images(x_adv)
+    return x_adv.detach()
+
+
+def _correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with attacking(model, x, y) as logits_of, torch.no_grad():
+        return logits_of(x).argmax(dim=1) == y
