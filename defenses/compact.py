@@ -1,0 +1,162 @@
+"""Compact convolution and the L2-softmax head (Ranjan et al., 2017: Eqs. 1 and 6, Fig. 4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+
+class CompactConv2d(nn.Conv2d):
+    r"""Convolution of L2-normalized, rescaled patches (Eq. 6).
+
+    .. math:: \tilde y(n) = W^\top \frac{\alpha\, x_{n,k}}{\|x_{n,k}\|_2 + \delta} + b
+
+    As in Fig. 4, the normalization is moved behind the convolution: convolve, then divide each
+    position by its patch's norm. No patch is ever copied out.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, bias
+        As for :class:`torch.nn.Conv2d` (zero padding, no groups, no dilation).
+    alpha : float
+        The scale at the start of training. The paper does not say it; 4 is our choice.
+    delta : float
+        Keeps a blank patch from dividing by zero; 0.01 in the paper (Sec. 4). Must be positive.
+    learn_alpha : bool
+        Whether the scale is learned, one scalar a layer, as in the paper.
+
+    Shape
+    -----
+    (N, in_channels, H, W) to (N, out_channels, H', W').
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        bias: bool = True,
+        *,
+        alpha: float = 4.0,
+        delta: float = 0.01,
+        learn_alpha: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.alpha, self.delta = _scale(alpha, learn_alpha), _positive(delta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        norm = patch_norm(x, self.kernel_size, self.stride, self.padding)
+        scale = self.alpha / (norm + self.delta)
+        return _scale_and_shift(y, scale, None if self.bias is None else self.bias[:, None, None])
+
+
+class CompactLinear(nn.Linear):
+    r"""Linear layer on L2-normalized, rescaled features: Eq. 6 where the patch is the whole input.
+
+    As a network's last layer, with ``delta`` tending to 0, it is the L2-softmax head of Eq. 1:
+    logits :math:`W_j^\top (\alpha x / \|x\|_2) + b_j`.
+
+    Shape: (N, in_features) to (N, out_features). Parameters as for :class:`CompactConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        alpha: float = 4.0,
+        delta: float = 0.01,
+        learn_alpha: bool = True,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.alpha, self.delta = _scale(alpha, learn_alpha), _positive(delta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = self.alpha / (norm + self.delta)
+        return _scale_and_shift(F.linear(x, self.weight), scale, self.bias)
+
+
+def patch_norm(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    r"""The L2 norm of every patch that a convolution sees: the second branch of Fig. 4.
+
+    Parameters
+    ----------
+    x : Tensor, (N, C, H, W)
+    kernel_size, stride, padding : int or pair
+        Those of the convolution.
+
+    Returns
+    -------
+    Tensor, (N, 1, H', W'), in float32 or x's wider type. The gradient at a blank patch is 0.
+    """
+    return _PatchNorm.apply(x, _pair(kernel_size), _pair(stride), _pair(padding))
+
+
+class _PatchNorm(torch.autograd.Function):
+    r"""Keeps x and the norms r for the backward pass; autograd would keep every square.
+
+    With :math:`r_n^2 = \sum_{i \in n} x_i^2`:
+    :math:`\partial L / \partial x_i = x_i \sum_{n \ni i} g_n / r_n`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kernel_size, stride, padding) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(x, dim=1, keepdim=True).to(dtype).square()
+        (kh, kw), (sh, sw), (ph, pw) = kernel_size, stride, padding
+        return _window_sums(_window_sums(squares, kw, sw, pw).mT, kh, sh, ph).mT.sqrt()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, *ctx.geometry = inputs
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, r = ctx.saved_tensors
+        (kh, kw), (sh, sw), (ph, pw) = ctx.geometry
+        blank = r == 0
+        g = (grad / r.masked_fill(blank, 1)).masked_fill(blank, 0)
+        g = _window_sums_adjoint(g, x.shape[-1], kw, sw, pw).mT
+        g = _window_sums_adjoint(g, x.shape[-2], kh, sh, ph).mT
+        return x * g.to(x.dtype), None, None, None
+
+
+def _window_sums(s: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    return F.pad(s, (padding, padding)).unfold(-1, size, stride).sum(-1)
+
+
+def _window_sums_adjoint(g: Tensor, length: int, size: int, stride: int, padding: int) -> Tensor:
+    if stride > 1:  # put back the positions that the stride skipped
+        g = F.pad(g[..., None], (0, stride - 1)).flatten(-2)[..., : 1 - stride]
+    g = F.pad(g, (size - 1 - padding, length + padding - g.shape[-1]))
+    return g.unfold(-1, size, 1).sum(-1)
+
+
+def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    scale = scale.to(y.dtype)
+    return y * scale if shift is None else torch.addcmul(shift.to(y.dtype), y, scale)
+
+
+def _scale(alpha: float, learn: bool) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(float(alpha)), requires_grad=learn)
+
+
+def _positive(delta: float) -> float:
+    if not delta > 0:
+        raise ValueError(f"delta must be positive, or a blank patch divides by zero; got {delta}")
+    return delta

@@ -1,0 +1,165 @@
+"""The architectures of the papers' tables. Images in [0, 1] go in, logits come out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from defenses.compact import CompactConv2d, CompactLinear
+
+# Ranjan et al. (2017), Table 10: output channels of each convolution, and where a 2x2 pool stands.
+COMPACT_MNIST = (32, 32, "pool", 64, 64, "pool")
+COMPACT_CIFAR = (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+
+
+class Center(nn.Module):
+    """Subtract 0.5: the papers' preprocessing, kept inside the model so that attacks see pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5
+
+
+class BReLU(nn.Hardtanh):
+    """Bounded ReLU of Zantedeschi et al. (2017): activations clipped to [0, bound]."""
+
+    def __init__(self, bound: float = 1.0) -> None:
+        super().__init__(0.0, bound)
+
+
+def local_response_norm() -> nn.Module:
+    """Krizhevsky et al. (2012), Sec. 3.3: k=2, n=5, alpha=1e-4, beta=0.75 (Eq. 10).
+
+    PyTorch divides alpha by n, which Eq. 10 does not: hence 5e-4.
+    """
+    return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+
+
+def mnist_compact(num_classes: int = 10, **variant) -> nn.Sequential:
+    """The MNIST network of Ranjan et al. (2017), Table 10: four 3x3 convolutions, unpadded.
+
+    (N, 1, 28, 28) to (N, num_classes). ``variant`` is that of :func:`compact_network`.
+    """
+    variant = {"channels": 1, "size": 28, "padding": 0, "width": 200, "dropout": 0.5} | variant
+    return compact_network(COMPACT_MNIST, num_classes, **variant)
+
+
+def cifar_compact(num_classes: int = 10, **variant) -> nn.Sequential:
+    """The VGG11 of Ranjan et al. (2017), Table 10: eight 3x3 convolutions, padded by one.
+
+    (N, 3, 32, 32) to (N, num_classes). As printed, no pool follows the first convolution, unlike
+    in the usual VGG11; so 2x2 maps remain before the linear layers.
+    """
+    variant = {"channels": 3, "size": 32, "padding": 1, "width": 512, "dropout": 0.5} | variant
+    return compact_network(COMPACT_CIFAR, num_classes, **variant)
+
+
+def compact_network(
+    plan: tuple[int | str, ...],
+    num_classes: int,
+    *,
+    channels: int,
+    size: int,
+    padding: int,
+    width: int,
+    dropout: float,
+    features: int | None = None,
+    compact: str | Collection[str] = (),
+    activation: type[nn.Module] = nn.ReLU,
+    norm: str | None = None,
+    alpha: float = 4.0,
+    learn_alpha: bool = True,
+) -> nn.Sequential:
+    """Every network of Tables 1, 9 and 13 of Ranjan et al. (2017).
+
+    Parameters
+    ----------
+    plan : tuple
+        Output channels of each 3x3 convolution, and ``"pool"``.
+    channels, size : int
+        Of the square images.
+    padding, width, dropout
+        Of the convolutions; of the hidden linear layers; after the first of them.
+    features : int, optional
+        Width of ``fc2``, the last hidden layer: 2 for Fig. 2. ``width`` by default.
+    compact : "all" or names among conv1, conv2, …, fc1, fc2, fc3
+        Layers that are compact. ``"all"`` is CCN; ``["fc3"]`` is L2SM (Sec. 8.1).
+    activation : type
+        :class:`torch.nn.ReLU`, or :class:`BReLU`.
+    norm : {None, "batch", "lrn"}
+        Table 9. Batch normalization before the activation of every hidden layer; local response
+        normalization after that of every convolution.
+    alpha, learn_alpha
+        Of the compact layers. The paper does not say where alpha starts; 4 is our choice.
+    """
+    names = [f"conv{i + 1}" for i in range(sum(c != "pool" for c in plan))] + ["fc1", "fc2", "fc3"]
+    compact = set(names if compact == "all" else compact)
+    if unknown := compact - set(names):
+        raise ValueError(f"no layer {sorted(unknown)} to make compact; the layers are {names}")
+    if norm not in (None, "batch", "lrn"):
+        raise ValueError(f'norm must be None, "batch" or "lrn"; got {norm!r}')
+    scale = {"alpha": alpha, "learn_alpha": learn_alpha}
+
+    def convolution(name: str, inputs: int, outputs: int) -> nn.Module:
+        if name in compact:
+            return CompactConv2d(inputs, outputs, 3, padding=padding, **scale)
+        return nn.Conv2d(inputs, outputs, 3, padding=padding)
+
+    def linear(name: str, inputs: int, outputs: int) -> nn.Module:
+        if name in compact:
+            return CompactLinear(inputs, outputs, **scale)
+        return nn.Linear(inputs, outputs)
+
+    layers: OrderedDict[str, nn.Module] = OrderedDict(center=Center())
+    for step, outputs in enumerate(plan):
+        if isinstance(outputs, str):
+            layers[f"pool{step}"] = nn.MaxPool2d(2)
+            size //= 2
+            continue
+        name = names.pop(0)
+        layers[name] = convolution(name, channels, outputs)
+        if norm == "batch":
+            layers[f"norm_{name}"] = nn.BatchNorm2d(outputs)
+        layers[f"act_{name}"] = activation()
+        if norm == "lrn":
+            layers[f"norm_{name}"] = local_response_norm()
+        channels, size = outputs, size + 2 * padding - 2
+
+    layers["flatten"] = nn.Flatten()
+    inputs = channels * size * size
+    for name, outputs in (("fc1", width), ("fc2", features or width)):
+        layers[name] = linear(name, inputs, outputs)
+        if norm == "batch":
+            layers[f"norm_{name}"] = nn.BatchNorm1d(outputs)
+        layers[f"act_{name}"] = activation()
+        inputs = outputs
+        if name == "fc1":
+            layers["dropout"] = nn.Dropout(dropout)
+    layers["fc3"] = linear("fc3", inputs, num_classes)
+    return he_initialized(nn.Sequential(layers))
+
+
+def he_initialized(model: nn.Sequential) -> nn.Sequential:
+    """Draw every weight from N(0, 2/fan-in) and set every bias to 0 (He et al., 2015).
+
+    The papers do not say how they start. At their learning rate of 0.1 PyTorch's own, smaller
+    start left the plain network at chance level for many epochs.
+    """
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return model
+
+
+@torch.no_grad()
+def activations(model: nn.Sequential, x: Tensor, layer: str) -> Tensor:
+    """The activations (N, …) behind ``layer`` of a sequential model, in its present mode."""
+    for name, module in model.named_children():
+        x = module(x)
+        if name == layer:
+            return x
+    raise ValueError(f"no layer {layer!r}; the layers are {[n for n, _ in model.named_children()]}")
