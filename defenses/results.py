@@ -266,9 +266,11 @@ def side_by_side(
     as_html, as_text = (_headed(wide[kind][[*heads.items()]]) for kind in ("html", "text"))
     title = re.sub(r"^table(\d+)$", r"Table \1", table)
     asked, filled = ((frame["printed"] != "").sum() for frame in (cells, measured))
-    caption = (
-        f"{title}: {f'{filled} of {asked}' if asked else len(measured)} cells measured. "
-        "Ours first, with its 95% interval; the paper's number in parentheses."
+    caption = f"{title}: " + (
+        f"{filled} of {asked} cells measured. Ours first, with its 95% interval; the paper's "
+        "number in parentheses."
+        if asked
+        else "ours, with 95% intervals; the paper has no such table."
     )
     legend = [_how(marks.get(kind, ""), kind, group) for kind, group in kinds.items()]
     return Table(

@@ -150,6 +150,7 @@ def test_a_measurement_says_how_it_was_made() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", got["date"])
     assert math.isnan(row()["ci_low"])
     assert row(value=100.0, ci=(98.9, 99.99999999))["value"] == 100  # a rounding error is none
+    assert row(value=0.0, ci=(1e-17, 1.1))["value"] == 0
 
 
 @pytest.mark.parametrize(
@@ -193,6 +194,7 @@ def test_the_commit_is_marked_when_code_differs_and_not_when_results_do(
     head = git(tmp_path, "rev-parse", "--short", "HEAD")
     assert find() == head
     numbers.write_text("2\n")
+    (tmp_path / "notes.txt").write_text("not tracked\n")
     assert find() == head
     code.write_text("2\n")
     assert find() == f"{head}-dirty"
@@ -463,7 +465,7 @@ def test_what_the_paper_does_not_have_is_shown_without_its_number(store: Path) -
         row("PGD-trained", value=90.0),
     ]
     alone = side_by_side(CHAPTER, "stronger", measured=rows, folder=store)
-    assert parsed(alone.html)[1] == {"CCN": ["4.00"]} and "1 cells measured" in alone.text
+    assert parsed(alone.html)[1] == {"CCN": ["4.00"]} and "no such table" in alone.text
     _, body, text = parsed(
         side_by_side(CHAPTER, "table1", columns="mnist", measured=rows, folder=store).html
     )
