@@ -83,7 +83,8 @@ def compact_network(
     padding, width, dropout
         Of the convolutions; of the hidden linear layers; after the first of them.
     features : int, optional
-        Width of ``fc2``, the last hidden layer: 2 for Fig. 2. ``width`` by default.
+        Width of ``fc2``, the last hidden layer, in place of ``width``: 2 for Fig. 2. No activation
+        follows it then, so that the features fill the plane.
     compact : "all" or names among conv1, conv2, …, fc1, fc2, fc3
         Layers that are compact. ``"all"`` is CCN; ``["fc3"]`` is L2SM (Sec. 8.1).
     activation : type
@@ -133,7 +134,8 @@ def compact_network(
         layers[name] = linear(name, inputs, outputs)
         if norm == "batch":
             layers[f"norm_{name}"] = nn.BatchNorm1d(outputs)
-        layers[f"act_{name}"] = activation()
+        if name == "fc1" or features is None:
+            layers[f"act_{name}"] = activation()
         inputs = outputs
         if name == "fc1":
             layers["dropout"] = nn.Dropout(dropout)
