@@ -98,7 +98,8 @@ def _takes_protocol(notebook: Path) -> bool:
     return any("parameters" in cell.metadata.get("tags", []) for cell in cells)
 
 
-def _run_all(root: Path, source: Path, executed: Path) -> None:
+def run_all(root: Path, source: Path, executed: Path) -> None:
+    """Put into `source` each notebook's run at `quick`, kept in `executed` while it still holds."""
     executed.mkdir(parents=True, exist_ok=True)
     for notebook in notebooks(root):
         result = executed / f"{notebook.stem}-{_fingerprint(root, notebook)}.ipynb"
@@ -122,7 +123,7 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once: the second waits
         stage(ROOT, build / "source")
         try:
-            _run_all(ROOT, build / "source", build / "executed")
+            run_all(ROOT, build / "source", build / "executed")
         except papermill.PapermillExecutionError as error:
             sys.exit(f"A chapter failed.\n{error}")
         print("building the pages ...", flush=True)

@@ -1,0 +1,292 @@
+"""The book builds without a warning, and its pages work as a reader meets them.
+
+The pages are built once from the committed notebooks, read as files, then opened in headless
+Chromium with the network off.
+"""
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Page,
+    Playwright,
+    Request,
+    sync_playwright,
+)
+
+from book import address, build
+
+ROOT = Path(__file__).resolve().parent.parent
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+SOURCES = [TOC["root"], *(page["file"] for part in TOC["parts"] for page in part["chapters"])]
+PAGES = [f"{source.removesuffix('.ipynb')}.html" for source in SOURCES]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("book")
+    build.stage(ROOT, folder / "source")
+    build.html(folder / "source", folder / "html")
+    return folder / "html"
+
+
+def soup(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(), "html.parser")
+
+
+# The pages as files.
+
+
+def test_every_page_is_there(site: Path) -> None:
+    assert [page for page in PAGES if not (site / page).exists()] == []
+    assert PAGES[0] in (site / "index.html").read_text()
+
+
+def test_pages_match_the_sources() -> None:
+    notebooks = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("chapters/*.ipynb")}
+    assert notebooks <= set(SOURCES), f"not in _toc.yml: {notebooks - set(SOURCES)}"
+    paired = [source for source in SOURCES if (ROOT / f"{source}.ipynb").exists()]
+    assert paired == [], f"name the notebook, with .ipynb, or Colab cannot open it: {paired}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_loaded_from_elsewhere(site: Path, page: str) -> None:
+    tags = soup(site / page).select("[src], link[rel~=stylesheet], link[rel~=preload], object")
+    used = [tag.get("src") or tag.get("href") or tag.get("data") for tag in tags]
+    assert len(used) > 5
+    assert [url for url in used if re.match(r"(https?:)?//", str(url))] == []
+
+
+def test_no_style_sheet_loads_from_elsewhere(site: Path) -> None:
+    for sheet in site.rglob("*.css"):
+        found = re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\"']+", sheet.read_text())
+        assert not found, f"{sheet.name} loads {found}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_internal_links_and_anchors_resolve(site: Path, page: str) -> None:
+    for link in soup(site / page).select("a[href]"):
+        parts = urlsplit(str(link["href"]))
+        if parts.scheme:
+            continue
+        target = (site / page).parent / unquote(parts.path) if parts.path else site / page
+        assert target.exists(), f"{page} links to {link['href']}"
+        if parts.fragment and target.suffix == ".html":
+            found = soup(target).find(id=unquote(parts.fragment))
+            assert found, f"{page} links to {link['href']}: no such anchor"
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source.endswith(".ipynb")])
+def test_colab_opens_the_notebook(site: Path, source: str) -> None:
+    page = soup(site / source.replace(".ipynb", ".html"))
+    links = {str(link["href"]) for link in page.select("a[href*='colab.research.google.com']")}
+    slug = address.slug(ROOT)
+    assert links == {f"https://colab.research.google.com/github/{slug}/blob/main/{source}"}
+    assert page.select(f"a[href$='_sources/{source}']"), "no download button"
+
+
+# The pages in a browser.
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Playwright) -> Iterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
+    if not Path(found).exists():
+        warnings.warn("no Chromium: nobody has looked at the pages", stacklevel=1)
+        pytest.skip("no Chromium: install it, or run .venv/bin/playwright install chromium")
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    running = playwright.chromium.launch(executable_path=found, args=arguments)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def opened(
+    browser: Browser, site: Path, page: str, width: int, scheme: str
+) -> Iterator[tuple[Page, list[str]]]:
+    """A page, typeset and at rest, and everything that went wrong on the way."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900},
+        color_scheme="dark" if scheme == "dark" else "light",
+        offline=True,
+    )
+    tab = context.new_page()
+    trouble: list[str] = []
+
+    def console(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            trouble.append(message.text)
+
+    def request(request: Request) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            trouble.append(f"asked for {request.url}")
+
+    tab.on("console", console)
+    tab.on("request", request)
+    tab.on("requestfailed", lambda request: trouble.append(f"could not load {request.url}"))
+    tab.on("pageerror", lambda error: trouble.append(str(error)))
+    tab.goto((site / page).as_uri())
+    tab.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise }")
+    tab.evaluate("async () => { await document.fonts.ready }")
+    yield tab, trouble
+    context.close()
+
+
+at_every_width = pytest.mark.parametrize("width", [390, 1280])
+in_both_lights = pytest.mark.parametrize("scheme", ["light", "dark"])
+
+# The lowest contrast (WCAG 2) between visible text and the ground behind it, and where it is.
+LOWEST_CONTRAST = """selector => {
+  const rgba = color => color.match(/[\\d.]+/g).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255)
+    .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = rgba(getComputedStyle(e).backgroundColor);
+      if (color.length < 4 || color[3] > 0.99) return color;
+    }
+    return [255, 255, 255];
+  };
+  let lowest = {ratio: 21, text: "nothing found"};
+  for (const element of document.querySelectorAll(selector)) {
+    if (!element.checkVisibility() || !element.innerText.trim()) continue;
+    const [a, b] = [rgba(getComputedStyle(element).color), ground(element)].map(luminance);
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < lowest.ratio) lowest = {ratio, text: element.innerText.slice(0, 60)};
+  }
+  return lowest;
+}"""
+
+
+@in_both_lights
+@at_every_width
+@pytest.mark.parametrize("page", PAGES)
+def test_page_works_offline(opened: tuple[Page, list[str]], width: int, scheme: str) -> None:
+    tab, trouble = opened
+    assert trouble == []
+    assert tab.evaluate("document.documentElement.dataset.theme") == scheme
+    formulas, typeset = (tab.locator(name).count() for name in (".math", ".math mjx-container"))
+    assert formulas == typeset, f"{formulas} formulas, {typeset} of them typeset"
+    wrong = tab.locator(".math:has(mjx-merror, [style*='color: red'])")  # red: an unknown macro
+    assert wrong.all_inner_texts() == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "scrolls sideways"
+    broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+    assert tab.evaluate(broken) == []
+    lowest = tab.evaluate(LOWEST_CONTRAST, "article :is(p, li, h1, h2, th, td, small, figcaption)")
+    assert lowest["ratio"] >= 4.5, f"hard to read: {lowest}"
+
+
+@at_every_width
+@pytest.mark.parametrize("scheme", ["light"])
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("chapters/")])
+def test_solutions_fold_out(opened: tuple[Page, list[str]]) -> None:
+    tab, trouble = opened
+    solutions = tab.locator(".solution.dropdown").all()
+    assert len(solutions) >= 4
+    for solution in solutions:
+        content = solution.locator(".section, section").first
+        assert not content.is_visible()
+        solution.locator(".toggle-button").first.click()
+        assert content.is_visible()
+    assert trouble == []
+
+
+# The tool that builds it.
+
+
+@pytest.fixture
+def little_book(tmp_path: Path) -> Path:
+    root = tmp_path / "clone"
+    for folder in ("book", "chapters", "defenses"):
+        (root / folder).mkdir(parents=True)
+    for name in ("_config.yml", "book/references.bib"):
+        shutil.copy(ROOT / name, root / name)
+    shutil.copytree(ROOT / "book" / "static", root / "book" / "static")
+    pages = [{"file": "chapters/a.ipynb"}]
+    toc = {
+        "format": "jb-book",
+        "root": "book/intro",
+        "parts": [{"caption": "A", "chapters": pages}],
+    }
+    (root / "_toc.yml").write_text(yaml.safe_dump(toc))
+    (root / "book" / "intro.md").write_text("# Title\n\nText.\n")
+    (root / "defenses" / "idea.py").write_text("")
+    write_chapter(root, "print(protocol)")
+    return root
+
+
+def write_chapter(root: Path, source: str) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("# A"),
+        nbformat.v4.new_code_cell("protocol: str = 'paper'", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(source),
+    ]
+    python = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    chapter = nbformat.v4.new_notebook(
+        cells=cells, metadata={"kernelspec": python, "language_info": {"name": "python"}}
+    )
+    nbformat.write(chapter, root / "chapters" / "a.ipynb")
+
+
+def run_chapter(root: Path) -> str:
+    """What the chapter printed in the staged copy."""
+    build.stage(root, root / "_build" / "source")
+    build.run_all(root, root / "_build" / "source", root / "_build" / "executed")
+    staged = nbformat.read(root / "_build" / "source" / "chapters" / "a.ipynb", as_version=4)
+    return staged.cells[-1].outputs[0].text
+
+
+def test_chapters_run_at_quick_on_a_copy(little_book: Path) -> None:
+    before = (little_book / "chapters" / "a.ipynb").read_bytes()
+    assert run_chapter(little_book) == "quick\n"
+    assert (little_book / "chapters" / "a.ipynb").read_bytes() == before
+
+
+def test_chapter_runs_again_only_when_its_inputs_changed(little_book: Path) -> None:
+    write_chapter(little_book, "import time; print(time.time_ns())")
+    first = run_chapter(little_book)
+    assert run_chapter(little_book) == first
+    (little_book / "defenses" / "idea.py").write_text("alpha = 1\n")
+    second = run_chapter(little_book)
+    assert second != first
+    (little_book / "chapters" / "results.csv").write_text("table\n")
+    assert run_chapter(little_book) != second
+    assert len(list((little_book / "_build" / "executed").iterdir())) == 1
+
+
+def test_failed_chapter_leaves_nothing_that_looks_finished(little_book: Path) -> None:
+    write_chapter(little_book, "1 / 0")
+    with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
+        run_chapter(little_book)
+    assert list((little_book / "_build" / "executed").iterdir()) == []
+
+
+def test_warning_is_an_error_and_leaves_the_old_pages(little_book: Path, tmp_path: Path) -> None:
+    build.html(little_book, tmp_path / "html")
+    assert (tmp_path / "html" / "chapters" / "a.html").exists()
+    (little_book / "book" / "intro.md").write_text("# Title\n\n{ref}`nowhere`\n")
+    with pytest.raises(RuntimeError, match="undefined label"):
+        build.html(little_book, tmp_path / "html")
+    assert "Text." in (tmp_path / "html" / "book" / "intro.html").read_text()
