@@ -43,25 +43,21 @@ def stage(root: Path, source: Path) -> None:
 
 def run(notebook: Path, result: Path, **parameters: object) -> None:
     """Execute `notebook` where it lies and write it, with its outputs, to `result`."""
-    partial = result.with_suffix(f".{os.getpid()}.ipynb")
-    try:
-        papermill.execute_notebook(
-            notebook,
-            partial,
-            parameters,
-            kernel_name="python3",
-            cwd=notebook.parent,
-            progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
-        )
-        executed = nbformat.read(partial, as_version=4)
-        for cell in executed.cells:
-            if "injected-parameters" in cell.metadata.get("tags", []):
-                cell.metadata.tags.append("remove-cell")
-        nbformat.write(executed, partial)
-        partial.replace(result)
-    finally:
-        partial.unlink(missing_ok=True)
+    executed = papermill.execute_notebook(
+        notebook,
+        None,
+        parameters,
+        kernel_name="python3",
+        cwd=notebook.parent,
+        progress_bar=sys.stderr.isatty(),
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+    )
+    for cell in executed.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("remove-cell")
+    partial = result.with_name(f"{result.name}.{os.getpid()}")
+    nbformat.write(executed, partial)
+    partial.replace(result)
 
 
 def html(source: Path, target: Path) -> None:

@@ -7,6 +7,8 @@ Chromium with the network off.
 import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,6 +213,16 @@ def test_solutions_fold_out(opened: tuple[Page, list[str]]) -> None:
         solution.locator(".toggle-button").first.click()
         assert content.is_visible()
     assert trouble == []
+
+
+# What the README shows.
+
+
+def test_readme_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
 
 
 # The tool that builds it.
