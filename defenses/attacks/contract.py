@@ -102,12 +102,16 @@ def generator_for(
 
 def input_gradient(value: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
     """∇ₓ of the sum of `value` (N,), so of each image's own value; a ValueError where it is NaN."""
-    if not value.requires_grad:
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            value.sum(), x, retain_graph=keep_graph, allow_unused=True
+        )
+    if gradient is None:
         raise ValueError(
             "the logits do not depend on the images through anything differentiable: "
             "remove detach(), no_grad() and rounding from the model's forward pass"
         )
-    (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=keep_graph)
     if bool(gradient.isnan().any()):
         images = int(gradient.isnan().flatten(1).any(dim=1).sum())
         raise ValueError(

@@ -212,7 +212,7 @@ def _attack(
             "without which each would do the same"
         )
     with attacking(model, x, y, target) as logits_of:
-        x = x.detach()
+        x = x.detach().clone()
         ascent = _Ascent(objective(model, logits_of, loss), x, y, target, eps, step_size, decay)
         if not early_stop:
             return ascent.last(ascent.start(generator) if random_start else x, steps)
@@ -251,7 +251,7 @@ class _Ascent:
         every, g = torch.arange(len(x_t), device=x_t.device), torch.zeros_like(x_t)
         for _ in range(steps):
             x_t = x_t.detach().requires_grad_()
-            value, _ = self.climb(x_t, self.y, self.target)
+            value, _ = self._look(x_t, every)
             x_t, g = self._step(x_t.detach(), input_gradient(value, x_t), g, every)
         return x_t
 
@@ -261,9 +261,7 @@ class _Ascent:
         for t in range(steps + 1):
             if not len(rows):
                 return
-            y, target = self.y[rows], None if self.target is None else self.target[rows]
-            value, logits = self.climb(x_t.requires_grad_(t < steps), y, target)
-            fooled = _fooled(logits, y, target)
+            value, fooled = self._look(x_t.requires_grad_(t < steps), rows)
             reached = torch.where(fooled, torch.inf, value.detach().to(height))
             higher = _per_image(reached > height[rows])
             x_adv[rows] = torch.where(higher, x_t.detach(), x_adv[rows])
@@ -273,6 +271,11 @@ class _Ascent:
                 left = (~fooled).nonzero().squeeze(1)
                 rows = rows[left]
                 x_t, g = self._step(x_t.detach()[left], gradient[left], g[left], rows)
+
+    def _look(self, x_t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        y, target = self.y[rows], None if self.target is None else self.target[rows]
+        value, logits = self.climb(x_t, y, target)
+        return value, _fooled(logits, y, target)
 
     def _step(
         self, x_t: Tensor, gradient: Tensor, g: Tensor, rows: Tensor

@@ -1,0 +1,332 @@
+"""Accuracies, distances, transfer and the signs of masking, on models whose answer is known."""
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from defenses.attacks import deepfool, fgsm, pgd
+from defenses.diagnostics import ZeroGradients, masking_flags, zero_gradient_share
+from defenses.evaluation import (
+    Accuracy,
+    Perturbations,
+    accuracy_within,
+    epsilon_curve,
+    evaluate,
+    perturbations,
+    robustness,
+    transfer_matrix,
+    wilson,
+    worst_case,
+)
+
+
+class Brightness(nn.Module):
+    """Class 1 where the mean pixel exceeds the threshold: the robust radius is in plain sight."""
+
+    def __init__(self, threshold: float = 0.5, slope: float = 1.0) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.slope = nn.Parameter(torch.tensor(slope))
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.slope * (x.mean(dim=(1, 2, 3)) - self.threshold)
+        return torch.stack([-s, s], dim=1)
+
+
+def gray(levels: list[float]) -> tuple[Tensor, Tensor]:
+    """Uniform images of the given levels, labeled by whether they exceed a half."""
+    level = torch.tensor(levels)
+    return level.view(-1, 1, 1, 1).repeat(1, 1, 4, 4), (level > 0.5).long()
+
+
+def accuracy(correct: int, n: int) -> Accuracy:
+    return Accuracy(torch.arange(n) < correct)
+
+
+# Intervals
+
+
+def test_wilson_is_the_published_interval() -> None:
+    """81 of 263: 0.2553 to 0.3662 (Newcombe, 1998, Table I)."""
+    assert wilson(81, 263) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=5e-5))
+    assert wilson(20, 20)[1] == 1.0
+
+
+@given(n=st.integers(1, 100_000), share=st.floats(0, 1))
+def test_wilson_solves_its_equation_and_stays_in_range(n: int, share: float) -> None:
+    """Both bounds p₀ satisfy |p − p₀| = z·√(p₀(1 − p₀)/n)."""
+    k = round(share * n)
+    low, high = wilson(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    for bound in (low, high):
+        distance = 1.959963984540054 * math.sqrt(bound * (1 - bound) / n)
+        assert abs(k / n - bound) == pytest.approx(distance, abs=1e-7)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses_what_is_no_proportion(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match="successes"):
+        wilson(k, n)
+
+
+def test_an_accuracy_reads_like_a_table() -> None:
+    a = accuracy(8138, 10_000)
+    assert repr(a) == "81.4% (80.6–82.1, n=10,000)"
+    assert (a.value, a.percent, a.n, float(a)) == (0.8138, pytest.approx(81.38), 10_000, 0.8138)
+    assert a.ci == wilson(8138, 10_000)
+    with pytest.raises(ValueError, match="bool"):
+        Accuracy(torch.zeros(3))
+
+
+# Accuracy under attack
+
+
+def test_evaluate_counts_image_by_image() -> None:
+    model, split = Brightness(), gray([0.1, 0.4, 0.45, 0.55, 0.6, 0.9])
+    assert evaluate(model, split).correct.tolist() == 6 * [True]
+    attacked = evaluate(model, split, partial(fgsm, eps=0.07), batch_size=4)
+    assert attacked.correct.tolist() == [True, True, False, False, True, True]
+    wrong = evaluate(model, (split[0], 1 - split[1]))
+    assert wrong.value == 0
+
+
+def test_evaluate_takes_bytes_and_any_batch_size() -> None:
+    model, (x, y) = Brightness(), gray([i / 255 for i in range(0, 255, 5)])
+    bytes_ = (255 * x).round().to(torch.uint8)
+    attack = partial(fgsm, eps=0.1)
+    expected = evaluate(model, (x, y), attack).correct
+    for batch_size in (1, 7, 51, 500):
+        found = evaluate(model, (bytes_, y), attack, batch_size=batch_size).correct
+        assert torch.equal(found, expected)
+    assert found.device.type == "cpu" and found.dtype == torch.bool
+
+
+def test_evaluate_judges_in_eval_mode_and_restores_the_mode() -> None:
+    model = nn.Sequential(nn.Dropout(0.99), nn.BatchNorm2d(1), Brightness(0.0)).train()
+    model[1].eval()
+    images, _ = gray([0.2, 0.3, 0.7, 0.8])
+    assert evaluate(model, (images, torch.ones(4, dtype=torch.int64))).value == 1
+    assert model[0].training and not model[1].training
+    assert model[1].num_batches_tracked == 0
+
+
+def test_evaluate_judges_in_full_precision() -> None:
+    """bf16 rounds logits that differ by a thousandth to a tie."""
+    layer = nn.Linear(16, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0], [1.001]]).repeat(1, 16))
+    model = nn.Sequential(nn.Flatten(), layer)
+    images, _ = gray([0.5, 0.6, 0.7])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluate(model, (images, torch.ones(3, dtype=torch.int64))).value == 1
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (lambda model, x, y: x + 1, r"\[0, 1\]"),
+        (lambda model, x, y: x * torch.nan, r"\[0, 1\]"),
+        (lambda model, x, y: x[:1], r"returned shape \(1, 1, 4, 4\), expected \(2, 1, 4, 4\)"),
+    ],
+)
+def test_what_an_attack_returns_is_checked(attack, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(Brightness(), gray([0.2, 0.8]), attack)
+
+
+def test_nan_logits_are_not_counted() -> None:
+    with pytest.raises(ValueError, match="NaN logits"):
+        evaluate(Brightness(slope=math.nan), gray([0.2, 0.8]))
+
+
+def test_an_epsilon_curve_falls_where_the_radii_say() -> None:
+    split = gray([0.05, 0.25, 0.45, 0.55, 0.75, 0.95])
+    curve = epsilon_curve(Brightness(), split, fgsm, [0.0, 0.1, 0.3, 0.5])
+    assert {e: a.value for e, a in curve.items()} == {0.0: 1, 0.1: 4 / 6, 0.3: 2 / 6, 0.5: 0}
+
+
+# Distances
+
+
+def test_distances_are_those_to_the_boundary() -> None:
+    """Images 0.45 and 0.75 of 16 pixels: DeepFool moves every pixel by 1.02·|level − 0.5|."""
+    images, labels = gray([0.45, 0.75, 0.25])
+    labels[2] = 1  # misclassified from the start
+    found = perturbations(Brightness(), (images, labels), deepfool)
+    torch.testing.assert_close(found.linf, torch.tensor([0.051, 0.255, 0.0]).double())
+    torch.testing.assert_close(found.l2, 4 * found.linf)
+    torch.testing.assert_close(
+        found.relative, found.linf / torch.tensor([0.45, 0.75, 0.25]).double()
+    )
+    assert found.clean_correct.tolist() == [True, True, False]
+    assert found.fooled.tolist() == [True, True, True]
+
+
+def test_one_run_of_deepfool_answers_for_every_residue_ratio() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 4))
+    images = torch.rand(60, 1, 4, 4)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    labels[:5] = (labels[:5] + 1) % 4
+    found = perturbations(model, (images, labels), deepfool)
+    accuracies = []
+    for d in (0.0, 0.05, 0.1, 0.2, 0.5):
+        separate = evaluate(model, (images, labels), partial(deepfool, max_residue_ratio=d))
+        assert torch.equal(accuracy_within(found, d).correct, separate.correct)
+        accuracies.append(separate.value)
+    assert accuracies[0] == 55 / 60
+    assert accuracies == sorted(accuracies, reverse=True) and accuracies[-1] < 0.5
+
+
+def test_robustness_is_equation_9() -> None:
+    ratios = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.0], dtype=torch.float64)
+    found = Perturbations(
+        l2=ratios,
+        linf=ratios,
+        relative=ratios,
+        clean_correct=torch.tensor([False, True, True, True, True]),
+        fooled=torch.tensor([True, True, True, True, False]),
+    )
+    rho = robustness(found)
+    assert rho.value == pytest.approx(0.15)  # the misclassified image counts as 0
+    assert (rho.n, rho.unfooled) == (4, 1)  # the unfooled one is left out, and said
+    half = 1.96 * math.sqrt(0.05 / 3) / 2  # sample deviation of 0, .1, .2, .3
+    assert rho.ci == (pytest.approx(0.15 - half, abs=1e-4), pytest.approx(0.15 + half, abs=1e-4))
+    assert repr(rho) == "0.150 (0.023–0.277, n=4, 1 unfooled)"
+    with pytest.raises(ValueError, match="none of 5 images was fooled"):
+        robustness(Perturbations(ratios, ratios, ratios, found.fooled, torch.zeros(5).bool()))
+
+
+def test_robustness_of_a_plain_threshold() -> None:
+    rho = robustness(perturbations(Brightness(), gray([0.4, 0.8]), deepfool))
+    assert rho.value == pytest.approx(1.02 * (0.1 / 0.4 + 0.3 / 0.8) / 2, rel=1e-5)
+
+
+# Transfer and the worst case
+
+
+def test_a_transfer_matrix_crafts_once_a_source() -> None:
+    """Images moved over one model's threshold stay short of the other's."""
+    models = {"at .5": Brightness(0.5), "at .6": Brightness(0.6)}
+    images, labels = gray([0.45, 0.45, 0.3])
+    crafted: list[nn.Module] = []
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        crafted.append(model)
+        return deepfool(model, x, y)
+
+    matrix = transfer_matrix(models, (images, labels), attack)
+    assert crafted == list(models.values())
+    assert {key: a.value for key, a in matrix.items()} == {
+        ("at .5", "at .5"): 0,
+        ("at .6", "at .5"): 1,
+        ("at .5", "at .6"): 0,
+        ("at .6", "at .6"): 0,
+    }
+
+
+def test_the_diagonal_of_the_transfer_matrix_is_the_white_box() -> None:
+    models = {str(t): Brightness(t) for t in (0.4, 0.5)}
+    split, attack = gray([0.1 * i for i in range(10)]), partial(fgsm, eps=0.12)
+    matrix = transfer_matrix(models, split, attack, batch_size=3)
+    for name, model in models.items():
+        assert torch.equal(matrix[name, name].correct, evaluate(model, split, attack).correct)
+
+
+def test_the_worst_case_is_taken_image_by_image() -> None:
+    a, b = Accuracy(torch.tensor([True, True, False])), Accuracy(torch.tensor([True, False, True]))
+    assert worst_case([a, b]).correct.tolist() == [True, False, False]
+    assert worst_case(iter([a])).correct.tolist() == a.correct.tolist()
+    for unequal in ([], [a, accuracy(1, 2)]):
+        with pytest.raises(ValueError, match="same images"):
+            worst_case(unequal)
+
+
+# Signs of masking
+
+
+def test_zero_gradients_are_counted_exactly() -> None:
+    """Half of the images saturate cross-entropy in float32; none of them saturates the margin."""
+    model, split = Brightness(slope=1000.0), gray([0.1, 0.49999, 0.50001, 0.9])
+    share = zero_gradient_share(model, split)
+    assert (share.images, share.pixels, share.n) == (0.5, 0.5, 4)
+    for loss in ("ce", "margin"):
+        assert zero_gradient_share(model, split, loss, batch_size=3).images == 0
+
+
+def test_zero_pixels_are_counted_beside_zero_images() -> None:
+    class LeftHalf(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, :, :, :2])
+
+    share = zero_gradient_share(LeftHalf(), gray([0.4, 0.6]))
+    assert (share.images, share.pixels) == (0, 0.5)
+
+
+def test_a_masked_defense_raises_the_flags_and_an_open_one_none() -> None:
+    """Logits scaled by 10⁴ hide the gradient of cross-entropy and nothing else."""
+
+    class Saturated(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 1e4
+
+    split = gray([i / 40 for i in range(41) if i != 20])
+    twin = transfer_matrix(
+        {"defended": Saturated(), "plain": Brightness()}, split, partial(fgsm, eps=0.2)
+    )["defended", "plain"]
+    raised = {}
+    for name, model in (("saturated", Saturated()), ("plain", Brightness())):
+        run = partial(pgd, random_start=False, step_size=0.1, steps=10)
+        flags = masking_flags(
+            fgsm=evaluate(model, split, partial(fgsm, eps=0.2)),
+            pgd=evaluate(model, split, partial(run, eps=0.2, loss="ce_textbook")),
+            margin=evaluate(model, split, partial(run, eps=0.2, loss="margin")),
+            transfer=twin,
+            at_half=evaluate(model, split, partial(run, eps=0.5, loss="ce_textbook")),
+            zero_gradients=zero_gradient_share(model, split),
+        )
+        raised[name] = [flag.sign for flag in flags if flag.raised]
+    assert raised["plain"] == []
+    assert raised["saturated"] == [
+        "one step is stronger than many",
+        "the margin loss is stronger than cross-entropy",
+        "accuracy at ε = 0.5 is above chance",
+        "the input gradient of whole images is exactly zero",
+    ]
+
+
+def test_each_flag_compares_its_two_numbers() -> None:
+    low, high = accuracy(300, 1000), accuracy(500, 1000)
+    near = accuracy(310, 1000)
+    cases: list[tuple[dict[str, Any], tuple[float, float]]] = [
+        ({"fgsm": low, "pgd": high}, (0.3, 0.5)),
+        ({"margin": low, "pgd": high}, (0.3, 0.5)),
+        ({"transfer": low, "pgd": high}, (0.3, 0.5)),
+        ({"black_box": low, "margin": high}, (0.3, 0.5)),
+        ({"at_half": low, "chance": 0.1}, (0.3, 0.1)),
+        ({"zero_gradients": ZeroGradients(0.2, 0.3, 10)}, (0.2, 0.01)),
+    ]
+    for measured, numbers in cases:
+        (flag,) = masking_flags(**measured)
+        assert flag.raised and (flag.found, flag.compared_with) == numbers
+        assert repr(flag).startswith("RAISED")
+    calm: list[dict[str, Any]] = [
+        {"fgsm": high, "pgd": low},
+        {"fgsm": low, "pgd": near},  # within the noise
+        {"transfer": near, "pgd": high, "margin": low},  # the strongest white-box counts
+        {"at_half": accuracy(110, 1000), "chance": 0.1},
+        {"zero_gradients": ZeroGradients(0.0, 0.3, 10)},
+    ]
+    for measured in calm:
+        assert not any(
+            flag.raised for flag in masking_flags(**measured) if "margin" not in flag.sign
+        )
+    assert masking_flags(fgsm=low) == []
