@@ -184,6 +184,16 @@ def test_chapter_spells_the_address_out_for_set_up_and_badge(path: Path) -> None
     assert len(address.spelled_out(path.read_text())) >= 2
 
 
+@pytest.mark.slow
+def test_code_cells_have_consistent_types(tmp_path: Path) -> None:
+    scripts = [tmp_path / f"{path.stem}.py" for path in NOTEBOOKS]
+    for path, script in zip(NOTEBOOKS, scripts, strict=True):
+        jupytext.write(read(path), script, fmt="py:percent")
+    command = [sys.executable, "-m", "mypy", *map(str, scripts)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A copy of what the notebooks need around them, free to be written to."""
