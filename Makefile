@@ -31,7 +31,7 @@ sync: .venv/.test
 execute: sync
 	$(BIN)/python -m book.execute
 
-.venv/pyvenv.cfg:
+.venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "This book needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)."; \
 	    echo "Name a newer one: make PYTHON=python3.12"; exit 1; }
@@ -40,7 +40,7 @@ execute: sync
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.book: pyproject.toml | .venv/pyvenv.cfg
+.venv/.book: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[book]'
 	@touch $@
 
