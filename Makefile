@@ -23,9 +23,9 @@ bench: .venv/.test
 # For authors: the address into every place that needs it, code formatted, .ipynb and .md in step.
 sync: .venv/.test
 	$(BIN)/python -m book.address
-	$(BIN)/jupytext --quiet --sync chapters/*.ipynb book/*.ipynb
+	$(BIN)/jupytext --quiet --sync chapters/*.md book/*.ipynb
 	$(BIN)/ruff format --quiet chapters book
-	$(BIN)/jupytext --quiet --sync chapters/*.ipynb book/*.ipynb
+	$(BIN)/jupytext --quiet --sync chapters/*.md book/*.ipynb
 
 # For authors: run the committed notebooks in place, at their default parameters.
 execute: sync
