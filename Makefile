@@ -15,7 +15,7 @@ test: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist loadscope
+	$(BIN)/python -m pytest -n auto --dist loadscope -rs
 
 bench: .venv/.test
 	$(BIN)/python -m pytest tests/benchmarks
