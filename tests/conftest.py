@@ -1,8 +1,4 @@
-"""What all tests share: steady threads, figures without windows, what a machine lacks."""
-
-import os
-
-os.environ.setdefault("MPLBACKEND", "Agg")
+"""What all tests share: steady threads, what nbval leaves out, what a machine lacks."""
 
 import pytest
 import torch

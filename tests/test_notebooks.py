@@ -132,7 +132,8 @@ def repeats(folder: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     command += ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg"]
     command += ["-q", "--color=no", "--rootdir", str(folder), str(folder)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    inline = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    run = subprocess.run(command, cwd=ROOT, env=inline, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
