@@ -366,9 +366,15 @@ def test_long_cells_are_caught() -> None:
 
 
 def test_mathematics_and_directives_are_no_prose() -> None:
-    padding = "$$\n" + "a b c " * 50 + "\n$$\n\n:::{exercise}\n:label: " + "word " * 50 + "\n:::"
+    padding = (
+        "$$\n"
+        + "a b c " * 50
+        + "\n$$\n\n:::{exercise}\n:label: "
+        + "word " * 50
+        + "\n:::\n\nAfter."
+    )
     cell = nbformat.v4.new_markdown_cell(padding)
-    with pytest.raises(AssertionError, match=r"2 words of prose for 1 lines"):
+    with pytest.raises(AssertionError, match=r"3 words of prose for 1 lines"):
         has_more_prose_than_code(notebook_of(cell, code("x = 1")))
 
 
