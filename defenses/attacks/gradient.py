@@ -4,6 +4,10 @@ All four are one loop, x_{t+1} = clip(x_t + step_size · sign(g_t)), with other 
 directions. sign(0) = 0: a pixel whose gradient is exactly zero stays where it is in that step.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +55,7 @@ def fgsm(
     ValueError
         For images, labels, a budget or a model that break the above, each with the remedy.
     """
-    return _attack(model, x, y, target, loss, eps=eps, step_size=eps, steps=1, early_stop=False)
+    return _attack(model, x, y, target, loss, eps, step_size=eps, steps=1, early_stop=False)
 
 
 def bim(
@@ -70,17 +74,7 @@ def bim(
 
     Parameters, result and errors are those of `pgd`.
     """
-    return _attack(
-        model,
-        x,
-        y,
-        target,
-        loss,
-        eps=eps,
-        step_size=step_size,
-        steps=steps,
-        early_stop=early_stop,
-    )
+    return _attack(model, x, y, target, loss, eps, step_size, steps, early_stop=early_stop)
 
 
 def mim(
@@ -103,18 +97,7 @@ def mim(
     """
     if not decay >= 0:
         raise ValueError(f"decay is {decay}, expected >= 0")
-    return _attack(
-        model,
-        x,
-        y,
-        target,
-        loss,
-        eps=eps,
-        step_size=step_size,
-        steps=steps,
-        decay=decay,
-        early_stop=early_stop,
-    )
+    return _attack(model, x, y, target, loss, eps, step_size, steps, decay, early_stop=early_stop)
 
 
 def pgd(
@@ -168,19 +151,9 @@ def pgd(
     ValueError
         For images, labels, a budget or a model that break the above, each with the remedy.
     """
+    draw = partial(_uniform, generator=generator_for(x, seed, generator)) if random_start else None
     return _attack(
-        model,
-        x,
-        y,
-        target,
-        loss,
-        eps=eps,
-        step_size=step_size,
-        steps=steps,
-        random_start=random_start,
-        restarts=restarts,
-        early_stop=early_stop,
-        generator=generator_for(x, seed, generator),
+        model, x, y, target, loss, eps, step_size, steps, 0.0, draw, restarts, early_stop
     )
 
 
@@ -190,15 +163,13 @@ def _attack(
     y: Tensor,
     target: Tensor | None,
     loss: str | PerImageLoss,
-    *,
     eps: float,
     step_size: float,
     steps: int,
     decay: float = 0.0,
-    random_start: bool = False,
+    draw: Callable[[Tensor], Tensor] | None = None,
     restarts: int = 1,
     early_stop: bool = True,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     check_count("steps", steps)
     check_count("restarts", restarts)
@@ -206,48 +177,40 @@ def _attack(
         raise ValueError(f"eps is {eps}, expected a radius >= 0 in units of pixels in [0, 1]")
     if not (step_size > 0 or step_size == eps == 0):
         raise ValueError(f"step_size is {step_size}, expected > 0")
-    if restarts > 1 and not (random_start and early_stop):
+    if restarts > 1 and not (draw and early_stop):
         raise ValueError(
             f"restarts is {restarts}: more than one needs random_start=True and early_stop=True, "
             "without which each would do the same"
         )
     with attacking(model, x, y, target) as logits_of:
         x = x.detach().clone()
-        ascent = _Ascent(objective(model, logits_of, loss), x, y, target, eps, step_size, decay)
+        lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+        climb = objective(model, logits_of, loss)
+        ascent = _Ascent(climb, y, target, lower, upper, step_size, decay)
+        starts = ((x + eps * draw(x)).clamp(lower, upper) if draw else x for _ in range(restarts))
         if not early_stop:
-            return ascent.last(ascent.start(generator) if random_start else x, steps)
+            return ascent.last_iterate(next(starts), steps)
         x_adv = x.clone()
         height = x.new_full((len(x),), -torch.inf)  # of the loss at x_adv; inf once it fools
-        if random_start and len(x):
+        if draw and len(x):
             with torch.no_grad():
                 height[_fooled(logits_of(x), y, target)] = torch.inf
-        for _ in range(restarts):
-            start = ascent.start(generator) if random_start else x
+        for start in starts:
             ascent.first_fooling(start, steps, x_adv, height)
         return x_adv
 
 
+@dataclass(frozen=True)
 class _Ascent:
-    def __init__(
-        self,
-        climb: Objective,
-        x: Tensor,
-        y: Tensor,
-        target: Tensor | None,
-        eps: float,
-        step_size: float,
-        decay: float,
-    ) -> None:
-        self.climb, self.x, self.y, self.target = climb, x, y, target
-        self.eps, self.step_size, self.decay = eps, step_size, decay
-        self.lower, self.upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    climb: Objective
+    y: Tensor
+    target: Tensor | None
+    lower: Tensor
+    upper: Tensor
+    step_size: float
+    decay: float
 
-    def start(self, generator: torch.Generator | None) -> Tensor:
-        x = self.x
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return (x + self.eps * (2 * noise - 1)).clamp(self.lower, self.upper)
-
-    def last(self, x_t: Tensor, steps: int) -> Tensor:
+    def last_iterate(self, x_t: Tensor, steps: int) -> Tensor:
         every, g = torch.arange(len(x_t), device=x_t.device), torch.zeros_like(x_t)
         for _ in range(steps):
             x_t = x_t.detach().requires_grad_()
@@ -288,6 +251,10 @@ class _Ascent:
 def _fooled(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     predicted = logits.argmax(dim=1)
     return predicted != y if target is None else predicted == target
+
+
+def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) - 1
 
 
 def _unit_l1(gradient: Tensor) -> Tensor:
