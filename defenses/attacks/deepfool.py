@@ -114,7 +114,6 @@ def _to_nearest_boundary(
     gaps = (f.gather(1, classes) - f.gather(1, k_0[:, None])).detach().abs()
     guess, order = (gaps / slopes).sort(dim=1)  # all 0 in the first step: every class is looked at
     looks = (guess <= LOOK_AGAIN * guess[:, :1]).sum(dim=1) * left
-    diagonal = x_i[:1].numel() ** 0.5  # of the box [0, 1]: no step need be longer
     r_i, shortest = torch.zeros_like(x_i), torch.full_like(slopes[:, 0], torch.inf)
     graph, x_g = torch.arange(len(x_i), device=x_i.device), x_i
     for look in range(classes.shape[1]):
@@ -129,8 +128,8 @@ def _to_nearest_boundary(
         f_k, f_0 = f.gather(1, ends).unbind(dim=1)
         w_k = input_gradient(f_k - f_0, x_g, keep_graph=True)
         slope = torch.linalg.vector_norm(w_k, dim=(1, 2, 3), dtype=torch.float64)
-        distance = ((f_k - f_0).detach().abs() / slope).clamp(min=SHORTEST_STEP)
-        r_k = w_k / _per_image(slope) * _per_image(distance.clamp(max=diagonal))
+        distance = (f_k - f_0).detach().abs() / slope
+        r_k = w_k / _per_image(slope) * _per_image(distance.clamp(min=SHORTEST_STEP))
         nearer = distance < shortest[graph]
         r_i[graph] = torch.where(_per_image(nearer), r_k.to(r_i.dtype), r_i[graph])
         shortest[graph] = torch.where(nearer, distance, shortest[graph])
