@@ -49,9 +49,9 @@ class CompactConv2d(nn.Conv2d):
         self.alpha, self.delta = _scale(alpha, learn_alpha), _positive(delta)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, self.weight, None, self.stride, self.padding)
-        norm = patch_norm(x, self.kernel_size, self.stride, self.padding)
+        norm = patch_norm(x, self.kernel_size, self.stride, self.padding)  # type: ignore[arg-type]
         scale = self.alpha / (norm + self.delta)
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding)
         return _scale_and_shift(y, scale, None if self.bias is None else self.bias[:, None, None])
 
 
@@ -78,16 +78,17 @@ class CompactLinear(nn.Linear):
         self.alpha, self.delta = _scale(alpha, learn_alpha), _positive(delta)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = self.alpha / (norm + self.delta)
+        blank = (x == 0).all(dim=-1, keepdim=True)  # there the norm has no second derivative
+        norm = torch.linalg.vector_norm(x.masked_fill(blank, 1), dim=-1, keepdim=True)
+        scale = self.alpha / (norm.masked_fill(blank, 0) + self.delta)
         return _scale_and_shift(F.linear(x, self.weight), scale, self.bias)
 
 
 def patch_norm(
     x: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
 ) -> Tensor:
     r"""The L2 norm of every patch that a convolution sees: the second branch of Fig. 4.
 
@@ -99,9 +100,21 @@ def patch_norm(
 
     Returns
     -------
-    Tensor, (N, 1, H', W'), in float32 or x's wider type. The gradient at a blank patch is 0.
+    Tensor, (N, 1, H', W'), in float32 or x's wider type. Both derivatives at a blank patch are 0.
+
+    Raises
+    ------
+    ValueError
+        If a patch is larger than the padded image.
     """
-    return _PatchNorm.apply(x, _pair(kernel_size), _pair(stride), _pair(padding))
+    k, s, p = _pair(kernel_size), _pair(stride), _pair(padding)
+    size = x.shape[-2:]
+    if size[0] + 2 * p[0] < k[0] or size[1] + 2 * p[1] < k[1]:
+        raise ValueError(
+            f"no patch of {k} fits into images of {tuple(size)} padded by {p}: "
+            "give larger images or a smaller kernel"
+        )
+    return _PatchNorm.apply(x, k, s, p)
 
 
 class _PatchNorm(torch.autograd.Function):
@@ -116,7 +129,7 @@ class _PatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, kernel_size, stride, padding) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(x, dim=1, keepdim=True).to(dtype).square()
+        squares = torch.linalg.vector_norm(x, dim=-3, keepdim=True).to(dtype).square()
         (kh, kw), (sh, sw), (ph, pw) = kernel_size, stride, padding
         return _window_sums(_window_sums(squares, kw, sw, pw).mT, kh, sh, ph).mT.sqrt()
 
@@ -126,30 +139,52 @@ class _PatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, output)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, g):
         x, r = ctx.saved_tensors
         (kh, kw), (sh, sw), (ph, pw) = ctx.geometry
         blank = r == 0
-        g = (grad / r.masked_fill(blank, 1)).masked_fill(blank, 0)
+        g = (g / r.masked_fill(blank, 1)).masked_fill(blank, 0)
         g = _window_sums_adjoint(g, x.shape[-1], kw, sw, pw).mT
         g = _window_sums_adjoint(g, x.shape[-2], kh, sh, ph).mT
         return x * g.to(x.dtype), None, None, None
 
 
 def _window_sums(s: Tensor, size: int, stride: int, padding: int) -> Tensor:
-    return F.pad(s, (padding, padding)).unfold(-1, size, stride).sum(-1)
+    windows = F.pad(s, (padding, padding)).unfold(-1, size, stride)
+    return sum(windows.unbind(-1), start=s.new_zeros(()))
 
 
 def _window_sums_adjoint(g: Tensor, length: int, size: int, stride: int, padding: int) -> Tensor:
     if stride > 1:  # put back the positions that the stride skipped
-        g = F.pad(g[..., None], (0, stride - 1)).flatten(-2)[..., : 1 - stride]
+        g = F.pad(g[..., None], (0, stride - 1))
+        g = g.reshape(*g.shape[:-2], -1)[..., : 1 - stride]
     g = F.pad(g, (size - 1 - padding, length + padding - g.shape[-1]))
-    return g.unfold(-1, size, 1).sum(-1)
+    return _window_sums(g, size, 1, 0)
 
 
 def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     scale = scale.to(y.dtype)
-    return y * scale if shift is None else torch.addcmul(shift.to(y.dtype), y, scale)
+    return y * scale if shift is None else _ScaleAndShift.apply(y, scale, shift.to(y.dtype))
+
+
+class _ScaleAndShift(torch.autograd.Function):
+    """``addcmul`` without its factor, by which autograd would multiply the maps once more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return torch.addcmul(shift, y, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        y, scale, shift = ctx.saved_tensors
+        to_scale = (g * y).sum_to_size(scale.shape)
+        return g * scale, to_scale, g.sum_to_size(shift.shape)
 
 
 def _scale(alpha: float, learn: bool) -> nn.Parameter:
