@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,8 @@ def compact_network(
     features : int, optional
         Width of ``fc2``, the last hidden layer, in place of ``width``: 2 for Fig. 2. No activation
         follows it then, so that the features fill the plane.
-    compact : "all" or names among conv1, conv2, …, fc1, fc2, fc3
-        Layers that are compact. ``"all"`` is CCN; ``["fc3"]`` is L2SM (Sec. 8.1).
+    compact : "all", or one or several of conv1, conv2, …, fc1, fc2, fc3
+        Layers that are compact. ``"all"`` is CCN; ``"fc3"`` is L2SM (Sec. 8.1).
     activation : type
         :class:`torch.nn.ReLU`, or :class:`BReLU`.
     norm : {None, "batch", "lrn"}
@@ -94,14 +95,21 @@ def compact_network(
         normalization after that of every convolution.
     alpha, learn_alpha
         Of the compact layers. The paper does not say where alpha starts; 4 is our choice.
+
+    Raises
+    ------
+    ValueError
+        If a layer or norm is unknown, or the images are too small for the plan.
     """
     names = [f"conv{i + 1}" for i in range(sum(c != "pool" for c in plan))] + ["fc1", "fc2", "fc3"]
+    if isinstance(compact, str) and compact != "all":
+        compact = [compact]
     compact = set(names if compact == "all" else compact)
     if unknown := compact - set(names):
         raise ValueError(f"no layer {sorted(unknown)} to make compact; the layers are {names}")
     if norm not in (None, "batch", "lrn"):
         raise ValueError(f'norm must be None, "batch" or "lrn"; got {norm!r}')
-    scale = {"alpha": alpha, "learn_alpha": learn_alpha}
+    scale: dict[str, Any] = {"alpha": alpha, "learn_alpha": learn_alpha}
 
     def convolution(name: str, inputs: int, outputs: int) -> nn.Module:
         if name in compact:
@@ -128,6 +136,8 @@ def compact_network(
             layers[f"norm_{name}"] = local_response_norm()
         channels, size = outputs, size + 2 * padding - 2
 
+    if size < 1:
+        raise ValueError(f"the images are too small for {plan}: nothing is left to flatten")
     layers["flatten"] = nn.Flatten()
     inputs = channels * size * size
     for name, outputs in (("fc1", width), ("fc2", features or width)):

@@ -1,0 +1,212 @@
+"""The papers' networks: their sizes, their variants, and what they do to an image first."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from defenses.compact import CompactConv2d, CompactLinear
+from defenses.models import (
+    BReLU,
+    activations,
+    cifar_compact,
+    local_response_norm,
+    mnist_compact,
+)
+
+CONVOLUTIONS = ["conv1", "conv2", "conv3", "conv4"]
+LAYERS = [*CONVOLUTIONS, "fc1", "fc2", "fc3"]
+
+
+def images(n: int = 4, channels: int = 1, size: int = 28) -> Tensor:
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Count the parameters of each layer that has some."""
+    counts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+    return {name: count for name, count in counts.items() if count}
+
+
+# Table 10
+
+
+def test_the_mnist_network_is_that_of_table_10() -> None:
+    assert parameters(mnist_compact()) == {
+        "conv1": 320,  # 32 filters of 1·3·3, and 32 biases
+        "conv2": 9_248,
+        "conv3": 18_496,
+        "conv4": 36_928,
+        "fc1": 205_000,  # 28 → 26 → 24 → 12 → 10 → 8 → 4, so 64·4·4 inputs
+        "fc2": 40_200,
+        "fc3": 2_010,
+    }
+    names = [name for name, _ in mnist_compact().named_children() if "pool" in name or "c" in name]
+    order = [name for name in names if name in LAYERS or "pool" in name]
+    assert order == ["conv1", "conv2", "pool2", "conv3", "conv4", "pool5", "fc1", "fc2", "fc3"]
+
+
+def test_the_cifar_network_is_that_of_table_10() -> None:
+    model = cifar_compact()
+    assert parameters(model) == {
+        "conv1": 1_792,
+        "conv2": 73_856,
+        "conv3": 295_168,
+        "conv4": 590_080,
+        "conv5": 1_180_160,
+        "conv6": 2_359_808,
+        "conv7": 2_359_808,
+        "conv8": 2_359_808,
+        "fc1": 1_049_088,  # 512·2·2 inputs: no pool follows the first convolution
+        "fc2": 262_656,
+        "fc3": 5_130,
+    }
+    last_pool = [name for name, _ in model.named_children() if "pool" in name][-1]
+    assert activations(model, images(1, 3, 32), last_pool).shape == (1, 512, 2, 2)
+    assert sum(isinstance(layer, nn.MaxPool2d) for layer in model) == 4
+
+
+def test_every_compact_layer_adds_one_parameter() -> None:
+    plain = parameters(mnist_compact())
+    assert parameters(mnist_compact(compact="all")) == {n: c + 1 for n, c in plain.items()}
+    one = parameters(mnist_compact(compact="conv2"))
+    assert one == plain | {"conv2": 9_249} == parameters(mnist_compact(compact=["conv2"]))
+
+
+# The variants of Tables 1, 9 and 13
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"compact": "all"},
+    *({"compact": name} for name in LAYERS),
+    {"activation": BReLU},
+    {"norm": "batch"},
+    {"norm": "lrn"},
+    {"compact": "all", "norm": "batch", "activation": BReLU},
+    {"features": 2},
+    {"features": 2, "compact": "fc3", "learn_alpha": False, "alpha": 16.0},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("channels", "classes"), [(1, 2), (3, 1000)])
+def test_every_variant_runs_forward_and_backward(
+    variant: dict[str, Any], channels: int, classes: int
+) -> None:
+    model = mnist_compact(classes, channels=channels, **variant)
+    logits = model(images(2, channels))
+    assert logits.shape == (2, classes) and logits.isfinite().all()
+    F.cross_entropy(logits, torch.tensor([0, classes - 1])).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("variant", [{}, {"compact": "all", "norm": "batch"}], ids=str)
+def test_the_cifar_network_runs_forward_and_backward(variant: dict[str, Any]) -> None:
+    logits = cifar_compact(100, **variant)(images(2, 3, 32))
+    assert logits.shape == (2, 100)
+    logits.sum().backward()
+
+
+def test_a_variant_has_the_layers_that_it_names() -> None:
+    model = mnist_compact(compact=["conv1", "fc2"], alpha=7.0, learn_alpha=False)
+    kinds = {name: type(layer) for name, layer in model.named_children() if name in LAYERS}
+    assert kinds.pop("conv1") is CompactConv2d and kinds.pop("fc2") is CompactLinear
+    assert set(kinds.values()) == {nn.Conv2d, nn.Linear}
+    assert model.get_parameter("conv1.alpha") == 7 == model.get_parameter("fc2.alpha")
+    assert not model.get_parameter("fc2.alpha").requires_grad
+
+    children = [name for name, _ in mnist_compact(norm="batch").named_children()]
+    for name in LAYERS[:-1]:  # normalized, then activated
+        start = children.index(name)
+        assert children[start : start + 3] == [name, f"norm_{name}", f"act_{name}"]
+    children = [name for name, _ in mnist_compact(norm="lrn").named_children()]
+    assert [name for name in children if "norm" in name] == [f"norm_{n}" for n in CONVOLUTIONS]
+    assert children.index("norm_conv1") == children.index("act_conv1") + 1
+
+    drawn = mnist_compact(features=2)
+    features = activations(drawn, images(99), "fc2")
+    assert features.shape == (99, 2) and features.min() < 0  # the whole plane
+    assert "act_fc2" not in dict(drawn.named_children())
+    bounded = [layer for layer in mnist_compact(activation=BReLU) if isinstance(layer, BReLU)]
+    assert len(bounded) == 6
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"compact": ["conv1", "conv9"]}, r"no layer \['conv9'\].*conv1.*fc3"),
+        ({"compact": "every"}, r"no layer \['every'\]"),
+        ({"norm": "layer"}, 'norm must be None, "batch" or "lrn"; got \'layer\''),
+        ({"size": 4}, "too small"),
+        ({"size": 14}, "too small"),
+    ],
+    ids=str,
+)
+def test_a_variant_that_is_not_one_is_refused(variant: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mnist_compact(**variant)
+
+
+# Parts
+
+
+def test_local_response_normalization_is_eq_10() -> None:
+    a = 20 * torch.randn(2, 9, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    k, n, alpha, beta, channels = 2, 5, 1e-4, 0.75, a.shape[1]
+    b = torch.empty_like(a)
+    for i in range(channels):
+        neighbors = range(max(0, i - n // 2), min(channels - 1, i + n // 2) + 1)
+        total = sum((a[:, j] ** 2 for j in neighbors), start=torch.zeros(()))
+        b[:, i] = a[:, i] / (k + alpha * total) ** beta
+    torch.testing.assert_close(local_response_norm()(a), b)
+
+
+def test_the_bounded_relu_clips_to_zero_and_one() -> None:
+    x = torch.tensor([-1.0, -0.1, 0.0, 0.3, 1.0, 7.0])
+    assert BReLU()(x).tolist() == pytest.approx([0, 0, 0, 0.3, 1, 1])
+    assert BReLU(2.5)(x).max() == 2.5
+
+
+def test_images_are_centered_inside() -> None:
+    x = images()
+    for model in (mnist_compact(), mnist_compact(compact="all")):
+        assert torch.equal(activations(model, x, "center"), x - 0.5)
+
+
+# The start
+
+
+def test_a_seed_fixes_the_weights_and_compact_layers_start_like_plain_ones() -> None:
+    states = []
+    for seed, compact in ((0, ()), (0, ()), (1, ()), (0, "all")):
+        torch.manual_seed(seed)
+        states.append(mnist_compact(compact=compact).state_dict())
+    first, again, other, compact_state = states
+    for name, weights in first.items():
+        assert torch.equal(weights, again[name]) and torch.equal(weights, compact_state[name])
+        assert torch.equal(weights, other[name]) == name.endswith("bias")
+
+
+def test_weights_start_as_the_docstring_says() -> None:
+    torch.manual_seed(0)
+    model = mnist_compact(compact="all")
+    for name in LAYERS[1:]:
+        weight = model.get_parameter(f"{name}.weight")
+        expected = (2 / weight[0].numel()) ** 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.1), name
+        assert not model.get_parameter(f"{name}.bias").any()
+
+
+def test_activations_stop_behind_a_layer_and_track_no_gradient() -> None:
+    model, x = mnist_compact().eval(), images()
+    assert activations(model, x, "conv1").shape == (4, 32, 26, 26)
+    assert not activations(model, x, "conv1").requires_grad
+    assert torch.equal(activations(model, x, "fc3"), model(x))
+    assert activations(model, x, "act_conv1").min() == 0 > activations(model, x, "conv1").min()
+    with pytest.raises(ValueError, match=r"no layer 'conv9'.*'act_conv1'"):
+        activations(model, x, "conv9")
