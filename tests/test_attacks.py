@@ -23,6 +23,7 @@ from defenses.attacks.losses import (
     cross_entropy,
     dlr,
     dlr_targeted,
+    fools,
     log_odds,
     margin,
 )
@@ -649,6 +650,24 @@ def test_deepfool_returns_fooling_images_inside_the_range(device: str) -> None:
     assert (predicted(model, x_adv) != y).all()
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and x_adv.dtype == torch.float32
     assert torch.equal(deepfool(model, x), x_adv)  # without labels: its own predictions
+
+
+def test_what_fools_in_one_batch_fools_in_another() -> None:
+    """Convolutions round otherwise in other batch sizes: a hair's breadth is not enough."""
+    z = torch.tensor([[1.0, 1.0], [1.0, 1 + 2e-7], [1.0, 1.001], [-5.0, -4.99999], [2.0, 1.0]])
+    y, target = labels(5), labels(5) + 1
+    assert fools(z, y).tolist() == [False, False, True, False, False]
+    assert fools(z, y, target).tolist() == [False, False, True, False, False]
+    assert fools(torch.tensor([[-torch.inf, 0.0], [0.0, -torch.inf]]), y[:2]).tolist() == [
+        True,
+        False,
+    ]
+    layer = nn.Sequential(nn.Conv2d(1, 32, 3), nn.SiLU(), nn.Flatten(), nn.Linear(1152, 10))
+    x = images(200).float()
+    y = predicted(layer, x)
+    x_adv = deepfool(layer, x, y, overshoot=0.0)
+    for size in (1, 7, 200):
+        assert (torch.cat([predicted(layer, part) for part in x_adv.split(size)]) != y).all()
 
 
 def test_deepfool_leaves_alone_what_it_cannot_or_need_not_fool() -> None:

@@ -48,7 +48,7 @@ def attacking(
             f"model is a {type(model).__name__}, expected a torch.nn.Module, whose mode can be set "
             "and restored: wrap the function in one"
         )
-    check_images(x)
+    _check_images(x)
     num_labels = 1 + max(_check_labels(x, "y", y), _check_labels(x, "target", target))
     if y is not None and target is not None and bool((y == target).any()):
         raise ValueError("target equals the label of some image: aim at another class")
@@ -64,7 +64,7 @@ def attacking(
         yield logits_of
 
 
-def check_images(x: Tensor) -> None:
+def _check_images(x: Tensor) -> None:
     """Raise a ValueError unless `x` is float32 or float64 (N, C, H, W) in [0, 1]."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import Logits, attacking, check_count, input_gradient, relative_norm
+from .losses import fools
 
 # Our choice: at a tie, or close to a boundary that bends away, a shorter step would get lost in the
 # rounding of the image. (The authors' code adds 1e-4 to every |f_k|.)
@@ -83,7 +84,7 @@ def deepfool(
                 slopes = torch.full(classes.shape, torch.inf, device=x.device).double()
                 left = torch.ones_like(k_0, dtype=torch.bool) if y is None else k_0 == y
             else:
-                left = f.argmax(dim=1) == k_0
+                left = ~fools(f, k_0)
                 x_adv[rows[~left]] = x_i.detach()[~left]
             if step < steps:
                 r_i = _to_nearest_boundary(logits_of, x_i, f, left, k_0, classes, slopes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import attacking, check_count, generator_for, input_gradient
-from .losses import Objective, PerImageLoss, objective
+from .losses import Objective, PerImageLoss, fools, objective
 
 
 def fgsm(
@@ -194,7 +194,7 @@ def _attack(
         height = x.new_full((len(x),), -torch.inf)  # of the loss at x_adv; inf once it fools
         if draw and len(x):
             with torch.no_grad():
-                height[_fooled(logits_of(x), y, target)] = torch.inf
+                height[fools(logits_of(x), y, target)] = torch.inf
         for start in starts:
             ascent.first_fooling(start, steps, x_adv, height)
         return x_adv
@@ -238,7 +238,7 @@ class _Ascent:
     def _look(self, x_t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         y, target = self.y[rows], None if self.target is None else self.target[rows]
         value, logits = self.climb(x_t, y, target)
-        return value, _fooled(logits, y, target)
+        return value, fools(logits, y, target)
 
     def _step(
         self, x_t: Tensor, gradient: Tensor, g: Tensor, rows: Tensor
@@ -246,11 +246,6 @@ class _Ascent:
         g = gradient if self.decay == 0 else self.decay * g + _unit_l1(gradient)
         x_next = x_t + self.step_size * g.sign()
         return x_next.clamp(self.lower[rows], self.upper[rows]), g
-
-
-def _fooled(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
-    predicted = logits.argmax(dim=1)
-    return predicted != y if target is None else predicted == target
 
 
 def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -65,6 +65,19 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return ratio / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
 
 
+def fools(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Whether each image is misclassified or, with a target, classified as that; bool (N,).
+
+    The deciding logits must differ by more than 64 units in the last place, because the same
+    image in a batch of another size gets logits that differ by a few: what an attack counts as
+    fooling must still fool when it is judged elsewhere.
+    """
+    label = y if target is None else target
+    others, own = _others(logits, label).amax(dim=1), _at(logits, label)
+    ahead, behind = (others, own) if target is None else (own, others)
+    return ahead - behind > 64 * torch.finfo(logits.dtype).eps * ahead.abs()
+
+
 LOSSES = {"ce": log_odds, "ce_textbook": cross_entropy, "margin": margin, "dlr": dlr}
 
 
