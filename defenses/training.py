@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import math
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +38,8 @@ def label_smoothing(share: float = 0.1) -> Loss:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         logits = model(x).float()
         classes = logits.shape[1]
+        if share * classes > classes - 1:
+            raise ValueError(f"share {share} would prefer the wrong ones of {classes} classes")
         return F.cross_entropy(logits, y, label_smoothing=share * classes / (classes - 1))
 
     return loss
@@ -73,7 +78,8 @@ def fit(
         the model's own.
     checkpoint : path, optional
         Written after each epoch, atomically. If it is there, training goes on from it and ends
-        with the same weights, bit for bit, as a run that was never stopped.
+        with the same weights, bit for bit, as a run that was never stopped. It must come from the
+        same data, model, optimizer, loss, batch size and seed; the loss is known by name only.
 
     Returns
     -------
@@ -83,7 +89,8 @@ def fit(
     Raises
     ------
     ValueError
-        If the checkpoint belongs to another run.
+        If the checkpoint is unreadable or of another run, the optimizer of another model, or the
+        schedule of another optimizer.
     FloatingPointError
         If the loss of an epoch is not finite.
     """
@@ -94,12 +101,22 @@ def fit(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if optimizer is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    weights = {id(weight) for weight in model.parameters()}
+    if not any(id(weight) in weights for g in optimizer.param_groups for weight in g["params"]):
+        raise ValueError("the optimizer is of another model: make it from model.parameters()")
+    if schedule is not None and schedule.optimizer is not optimizer:
+        raise ValueError("the schedule is of another optimizer: give optimizer=schedule.optimizer")
     run = {"data": data.name, "images": len(images), "batch_size": batch_size, "seed": seed}
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    run |= {"loss": getattr(loss, "__qualname__", type(loss).__qualname__)}
+    run |= {"optimizer": type(optimizer).__name__}
+    run |= {name: optimizer.defaults.get(name) for name in ("lr", "momentum", "weight_decay")}
+    parts = {"optimizer": optimizer, "schedule": schedule, "model": model}
+    parts = {name: part for name, part in parts.items() if part is not None}
     history = _resume(checkpoint, run, parts, epochs) if checkpoint is not None else []
 
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), torch.backends.cudnn.flags(deterministic=True):
+    deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+    with torch.random.fork_rng(cuda), deterministic:
         for epoch in range(len(history), epochs):
             start, total = time.perf_counter(), torch.zeros((), device=device)
             # Each epoch draws from its own seed, so that resuming needs no generator's state.
@@ -120,7 +137,7 @@ def fit(
             if schedule is not None:
                 schedule.step()
             mean = total.item() / len(images)
-            if mean != mean or mean in (float("inf"), float("-inf")):
+            if not math.isfinite(mean):
                 raise FloatingPointError(
                     f"the loss became {mean} in epoch {epoch + 1}: lower the learning rate"
                 )
@@ -141,34 +158,47 @@ def _has_bfloat16(device: torch.device) -> bool:
 def _save(path: str | Path, run: dict, parts: dict, history: list) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    states = {name: part.state_dict() for name, part in parts.items()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        torch.save({"run": run, "history": history, "states": states}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            torch.save({"run": run, "history": history, "states": states}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # there only if the disk is full
 
 
 def _resume(path: str | Path, run: dict, parts: dict, epochs: int) -> list:
     path = Path(path)
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        partial.unlink(missing_ok=True)  # left by a run that was killed while it wrote
     if not path.exists():
         return []
     remedy = "delete it to start anew, or name another"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        stored, history, states = saved["run"], saved["history"], saved["states"]
+        stored, history, states = dict(saved["run"]), list(saved["history"]), dict(saved["states"])
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint; {remedy}") from error
-    if stored != run or len(history) > epochs:
-        raise ValueError(
-            f"{path} belongs to another run ({stored}, {len(history)} epochs; "
-            f"asked for {run}, {epochs} epochs); {remedy}"
-        )
+    changed = [f"{k} was {v}, is {run.get(k)}" for k, v in stored.items() if v != run.get(k)]
+    if len(history) > epochs:
+        changed.append(f"{len(history)} epochs are done, {epochs} asked for")
+    if changed:
+        raise ValueError(f"{path} belongs to another run ({'; '.join(changed)}); {remedy}")
     try:
-        for name, part in parts.items():
-            if part is not None:
-                part.load_state_dict(states[name])
+        shapes = [
+            {name: weight.shape for name, weight in weights.items()}
+            for weights in (states["model"], parts["model"].state_dict())
+        ]
+        if states.keys() != parts.keys() or shapes[0] != shapes[1]:
+            raise ValueError("the layers differ, or one has a schedule and the other none")
+        for name, part in parts.items():  # the model last: what does not fit leaves it as it was
+            part.load_state_dict(states[name])
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path} was written for another model or optimizer; {remedy}: {error}"
