@@ -22,6 +22,11 @@ def adversarial(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) 
         The weight s of the adversarial images: 0.5 in the paper, 1 trains on nothing else.
     loss : callable (model, x, y) -> scalar
         The objective on either kind of image.
+
+    Raises
+    ------
+    ValueError
+        If share lies elsewhere.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
