@@ -11,7 +11,9 @@ import functools
 import math
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,6 +88,44 @@ def measure(
     versions = f"torch {torch.__version__.partition('+')[0]}"
     when = {"versions": versions, "commit": _commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     return place | number | how | where | when
+
+
+@dataclass
+class Run:
+    """The conditions that all measurements of one run share, and the rows measured so far.
+
+    With ``record`` each row is also written to the store at once, so that a run that is killed
+    keeps what it had measured. Other fields as in `measure`.
+    """
+
+    chapter: str
+    protocol: str
+    dataset: str
+    device: str
+    seeds: int
+    record: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _last: float = field(default_factory=time.perf_counter, repr=False)
+
+    def note(
+        self, table: str, row: str, column: str, outcome: Any, metric: str = "accuracy"
+    ) -> Any:
+        """Note one outcome and return it: something with `n`, `ci` and `percent` or else `value`.
+
+        `defenses.evaluation` makes such outcomes; the interval of a percentage is in [0, 1]. The
+        row's seconds are those since the row before it.
+        """
+        shown = hasattr(outcome, "percent")
+        number, scale = (outcome.percent, 100) if shown else (outcome.value, 1)
+        ci = (scale * outcome.ci[0], scale * outcome.ci[1])
+        now = time.perf_counter()
+        how = {"protocol": self.protocol, "dataset": self.dataset, "device": self.device}
+        how |= {"seeds": self.seeds, "seconds": now - self._last, "n": outcome.n, "ci": ci}
+        self.rows.append(measure(table, row, column, metric, number, **how))
+        self._last = now
+        if self.record:
+            record(self.chapter, self.rows[-1:])
+        return outcome
 
 
 def record(chapter: str, rows: Rows, folder: str | Path | None = None) -> None:

@@ -128,12 +128,7 @@ def fit(
             for x, y in tqdm(steps, f"epoch {epoch + 1}/{epochs}", mininterval=0.5, **bar):
                 if augment is not None:
                     x = augment(x, generator)
-                with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
-                    value = loss(model, x, y)
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                total += value.detach() * len(x)
+                total += _step(model, loss, optimizer, x, y) * len(x)
             if schedule is not None:
                 schedule.step()
             mean = total.item() / len(images)
@@ -147,6 +142,44 @@ def fit(
                 _save(checkpoint, run, parts, history)
     model.eval()
     return history
+
+
+def step_seconds(
+    models: Mapping[str, nn.Module],
+    x: Tensor,
+    y: Tensor,
+    *,
+    losses: Mapping[str, Loss] | None = None,
+    repeats: int = 20,
+) -> dict[str, float]:
+    """Median seconds of a training step of each model on one batch, measured in turns.
+
+    In turns, so that the ratios hold on a machine that others use too. The models are trained on.
+    ``losses`` gives the objective of those that have one other than cross-entropy.
+    """
+    steps = {}
+    for name, model in models.items():
+        model.to(x.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        steps[name] = (model, (losses or {}).get(name, cross_entropy), optimizer)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(3 + repeats):  # three to warm up
+        for name, step in steps.items():
+            start = time.perf_counter()
+            _step(*step, x, y).item()  # waits for the device
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[3:]) for name, times in seconds.items()}
+
+
+def _step(
+    model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=_has_bfloat16(x.device)):
+        value = loss(model, x, y)
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+    return value.detach()
 
 
 def _has_bfloat16(device: torch.device) -> bool:
