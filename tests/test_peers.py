@@ -1,0 +1,202 @@
+"""Ours beside foolbox, torchattacks, ART and adv-lib: at equal budgets, no weaker than any.
+
+The network is small and trained on the digits for a few seconds, so that every test repeats.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defenses.attacks import bim, deepfool, fgsm, mim, pgd
+from defenses.data import batches, load_data, to_float
+from defenses.evaluation import NORMAL_975
+
+pytestmark = pytest.mark.peers
+
+Attacked = Callable[[nn.Module, Tensor, Tensor], Tensor]
+EPS, STEP, STEPS = 0.12, 0.02, 10
+
+
+@pytest.fixture(scope="module")
+def victim() -> tuple[nn.Module, Tensor, Tensor]:
+    """A trained network with the first 100 test images that it classifies correctly."""
+    data = load_data("digits")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(800, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+        order = torch.Generator().manual_seed(0)
+        for _ in range(8):
+            for x, y in batches(*data.train, 64, order):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    model.eval()
+    x, y = to_float(data.test[0]).contiguous(), data.test[1]
+    right = (model(x).argmax(dim=1) == y).nonzero().squeeze(1)[:100]
+    assert len(right) == 100
+    return model, x[right], y[right]
+
+
+def foolbox_attack(name: str, **options: Any) -> Attacked:
+    foolbox = pytest.importorskip("foolbox")
+
+    def attacked(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        eps, attack = options.pop("eps", None), getattr(foolbox.attacks, name)(**options)
+        _, clipped, _ = attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)
+        return clipped
+
+    return attacked
+
+
+def torchattacks_attack(name: str, **options: Any) -> Attacked:
+    torchattacks = pytest.importorskip("torchattacks")
+    return lambda model, x, y: getattr(torchattacks, name)(model, **options)(x, y)
+
+
+def art_attack(name: str, **options: Any) -> Attacked:
+    evasion = pytest.importorskip("art.attacks.evasion")
+    estimators = pytest.importorskip("art.estimators.classification")
+
+    def attacked(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        classifier = estimators.PyTorchClassifier(
+            model, nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type="cpu"
+        )
+        attack = getattr(evasion, name)(classifier, batch_size=len(x), **options)
+        return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+    return attacked
+
+
+def adv_lib_deepfool(**options: Any) -> Attacked:
+    if "visdom" not in sys.modules:  # adv-lib imports it for plots; it does not build everywhere
+        stub: Any = ModuleType("visdom")
+        stub.Visdom = object
+        sys.modules["visdom"] = stub
+    attacks = pytest.importorskip("adv_lib.attacks")
+    return partial(attacks.df, **options)
+
+
+def left(model: nn.Module, x_adv: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float((model(x_adv).argmax(dim=1) == y).float().mean())
+
+
+PGD = {"eps": EPS, "step_size": STEP, "steps": STEPS, "random_start": False}
+ITERATED: dict[str, Callable[[], Attacked]] = {
+    "foolbox": lambda: foolbox_attack(
+        "LinfPGD", abs_stepsize=STEP, steps=STEPS, random_start=False, eps=EPS
+    ),
+    "torchattacks": lambda: torchattacks_attack(
+        "PGD", eps=EPS, alpha=STEP, steps=STEPS, random_start=False
+    ),
+    "ART": lambda: art_attack(
+        "ProjectedGradientDescentPyTorch", eps=EPS, eps_step=STEP, max_iter=STEPS, verbose=False
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", ITERATED.values(), ids=ITERATED.keys())
+def test_pgd_leaves_no_more_accuracy(peer: Callable[[], Attacked], victim) -> None:
+    model, x, y = victim
+    theirs = left(model, peer()(model, x, y), y)
+    assert 0.05 < theirs < 0.95, "a budget at which nothing can be seen"
+    assert left(model, pgd(model, x, y, **PGD), y) <= theirs  # type: ignore[arg-type]
+    assert left(model, bim(model, x, y, eps=EPS, step_size=STEP, steps=STEPS), y) <= theirs
+
+
+@pytest.mark.parametrize("peer", ITERATED.values(), ids=ITERATED.keys())
+def test_the_textbook_loop_takes_the_same_path(peer: Callable[[], Attacked], victim) -> None:
+    """With nothing judged, ten steps end where theirs end, but for pixels of no slope."""
+    model, x, y = victim
+    theirs = peer()(model, x, y)
+    ours = pgd(model, x, y, **PGD, loss="ce_textbook", early_stop=False)  # type: ignore[arg-type]
+    assert ((ours - theirs).abs() < 1e-5).float().mean() > 0.97
+
+
+FAST: dict[str, Callable[[], Attacked]] = {
+    "foolbox": lambda: foolbox_attack("LinfFastGradientAttack", eps=EPS),
+    "torchattacks": lambda: torchattacks_attack("FGSM", eps=EPS),
+    "ART": lambda: art_attack("FastGradientMethod", eps=EPS),
+}
+
+
+@pytest.mark.parametrize("peer", FAST.values(), ids=FAST.keys())
+def test_fgsm_is_theirs(peer: Callable[[], Attacked], victim) -> None:
+    model, x, y = victim
+    ours = fgsm(model, x, y, eps=EPS, loss="ce_textbook")
+    assert ((ours - peer()(model, x, y)).abs() < 1e-6).float().mean() > 0.999
+
+
+def test_mim_leaves_no_more_accuracy(victim) -> None:
+    model, x, y = victim
+    peer = torchattacks_attack("MIFGSM", eps=EPS, alpha=STEP, steps=STEPS, decay=1.0)
+    theirs = left(model, peer(model, x, y), y)
+    ours = mim(model, x, y, eps=EPS, step_size=STEP, steps=STEPS, decay=1.0)
+    assert 0.05 < theirs < 0.95
+    assert left(model, ours, y) <= theirs
+
+
+DEEPFOOL: dict[str, Callable[[], Attacked]] = {
+    "foolbox": lambda: foolbox_attack("L2DeepFoolAttack", steps=50, overshoot=0.02),
+    "ART": lambda: art_attack("DeepFool", max_iter=50, epsilon=0.02, nb_grads=10, verbose=False),
+    "adv-lib": lambda: adv_lib_deepfool(steps=50, overshoot=0.02),
+}
+
+
+@pytest.mark.parametrize("peer", DEEPFOOL.values(), ids=DEEPFOOL.keys())
+def test_deepfool_goes_no_farther(peer: Callable[[], Attacked], victim) -> None:
+    """Mean L2 over the same images, within the 95% noise of the paired difference."""
+    model, x, y = victim
+    ours, theirs = deepfool(model, x, y), peer()(model, x, y)
+    assert left(model, ours, y) == 0
+    both = model(theirs).argmax(dim=1) != y
+    assert both.float().mean() > 0.9
+    difference = (ours - x).flatten(1).norm(dim=1) - (theirs - x).flatten(1).norm(dim=1)
+    difference = difference[both].double()
+    noise = NORMAL_975 * difference.std() / len(difference) ** 0.5
+    assert difference.mean() <= noise + 1e-4
+
+
+# Their faults
+
+
+def test_deepfool_fools_every_image_where_torchattacks_does_not(victim) -> None:
+    """Theirs returns the iterate before the boundary as often as the one beyond it."""
+    model, x, y = victim
+    x, y = x[:20], y[:20]
+    theirs = torchattacks_attack("DeepFool", steps=50, overshoot=0.02)(model, x, y)
+    assert left(model, deepfool(model, x, y), y) == 0
+    assert left(model, theirs, y) > 0.1
+
+
+class Plateau(nn.Module):
+    """Flat between two slopes: momentum crosses it, unless 0/0 has made it NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = x.mean(dim=(1, 2, 3))
+        rise = (s - 0.15).clamp(max=0) + 10 * (s - 0.45).clamp(min=0) - 0.2
+        return torch.stack([torch.zeros_like(s), rise], dim=1)
+
+
+def test_torchattacks_mim_freezes_where_ours_goes_on() -> None:
+    model, x, y = Plateau(), torch.full((2, 1, 4, 4), 0.1), torch.zeros(2, dtype=torch.int64)
+    theirs = torchattacks_attack("MIFGSM", eps=0.5, alpha=0.05, steps=10)(model, x, y)
+    ours = mim(model, x, y, eps=0.5, step_size=0.05, steps=10)
+    assert left(model, theirs, y) == 1
+    assert left(model, ours, y) == 0
