@@ -9,7 +9,7 @@ from torch import nn
 
 from .attacks.contract import attacking, input_gradient
 from .attacks.losses import PerImageLoss, objective
-from .evaluation import Accuracy, Split, on_device_of
+from .evaluation import Accuracy, Split, on_device_of, wilson
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,15 @@ class ZeroGradients:
     images: float
     pixels: float
     n: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.images
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        """95% Wilson interval of `images`."""
+        return wilson(round(self.images * self.n), self.n)
 
 
 def zero_gradient_share(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
+from .models import activations
 
 # Okabe and Ito's palette: told apart by color-blind readers, and in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -43,11 +48,11 @@ def curves(
     xlabel: str = "",
     ylabel: str = "",
     title: str = "",
-    **style,
+    **style: Any,
 ) -> None:
     """Draw named lines (x, y), each in the color of its place, with a legend."""
     for color, (name, (x, y)) in zip(COLORS, lines.items(), strict=False):
-        axis.plot(x, y, label=name, color=color, **({"marker": "o", "markersize": 3} | style))
+        axis.plot(x, y, label=name, color=color, **{"marker": "o", "markersize": 3, **style})
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
@@ -69,34 +74,46 @@ def strip(images: Mapping[str, Tensor], titles: Sequence[str] = (), size: float 
     return figure
 
 
-def scatter(axis: Axes, points: Tensor, labels: Tensor, names: Iterable[str] = ()) -> None:
+def scatter(axis: Axes, points: Tensor, labels: Tensor) -> None:
     """Points (N, 2) in the colors of their labels, with equal scales and no ticks."""
     palette = plt.get_cmap("tab10")
     points, labels = points.detach().cpu(), labels.cpu()
-    for number, label in enumerate(labels.unique().tolist()):
-        chosen = points[labels == label]
-        axis.scatter(
-            chosen[:, 0],
-            chosen[:, 1],
-            s=4,
-            linewidths=0,
-            alpha=0.7,
-            color=palette(label % 10 if not names else number),
-            label=str(label),
-        )
+    for label in labels.unique().tolist():
+        x, y = points[labels == label].T
+        axis.scatter(x, y, s=4, linewidths=0, alpha=0.7, color=palette(label % 10), label=label)
     axis.set_aspect("equal", adjustable="datalim")
     axis.set(xticks=[], yticks=[])
 
 
-def dumbbells(
-    axis: Axes, rows: Sequence[str], points: Mapping[str, Sequence[float]], *, xlabel: str = ""
-) -> None:
-    """For each row a line between its values, one named point for each entry of ``points``."""
-    places = np.arange(len(rows))[::-1]
-    values = np.array([*points.values()])
-    axis.hlines(places, values.min(axis=0), values.max(axis=0), color="#BBBBBB", linewidth=2)
-    for color, (name, x) in zip(COLORS, points.items(), strict=False):
-        axis.scatter(x, places, label=name, color=color, s=36, zorder=3)
-    axis.set_yticks(places, rows)
-    axis.set(xlabel=xlabel, xlim=(-3, 103))
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=3)
+def tsne_grid(
+    models: Mapping[str, nn.Sequential], x: Mapping[str, Tensor], y: Tensor, layers: Sequence[str]
+) -> Figure:
+    """t-SNE (van der Maaten & Hinton, 2008) of each model's activations behind each layer.
+
+    ``x`` holds one batch of images (N, C, H, W) a model, ``y`` their labels.
+    """
+    figure, axes = panels(len(models), len(layers), height=2.2)
+    for line, (name, model) in zip(axes, models.items(), strict=True):
+        for axis, layer in zip(line, layers, strict=True):
+            seen = activations(model, x[name], layer).flatten(1).float().cpu().numpy()
+            perplexity = min(30, len(seen) / 4)
+            points = TSNE(perplexity=perplexity, random_state=0).fit_transform(seen)
+            scatter(axis, torch.from_numpy(points), y)
+            axis.set_title(f"{name}, {layer}", fontsize=9)
+    return figure
+
+
+def spectra(models: Mapping[str, nn.Module], layers: Sequence[str], most: int = 50) -> Figure:
+    """The largest singular values of each layer's weight, (outputs, all inputs), by rank."""
+    figure, axes = panels(-(-len(layers) // 3), 3, height=2.0)
+    for axis, layer in zip(axes.flat, layers, strict=False):
+        lines = {}
+        for name, model in models.items():
+            weight = model.get_parameter(f"{layer}.weight").detach().flatten(1).float().cpu()
+            values = torch.linalg.svdvals(weight)[:most]
+            lines[name] = (range(1, len(values) + 1), values / values[0])
+        curves(axis, lines, title=layer, markersize=0)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("singular value, by rank", fontsize=9)
+    figure.supylabel("size, relative to the first", fontsize=9)
+    return figure

@@ -119,8 +119,8 @@ class Run:
         number, scale = (outcome.percent, 100) if shown else (outcome.value, 1)
         ci = (scale * outcome.ci[0], scale * outcome.ci[1])
         now = time.perf_counter()
-        how = {"protocol": self.protocol, "dataset": self.dataset, "device": self.device}
-        how |= {"seeds": self.seeds, "seconds": now - self._last, "n": outcome.n, "ci": ci}
+        how: dict[str, Any] = {"protocol": self.protocol, "dataset": self.dataset}
+        how |= {"device": self.device, "seeds": self.seeds, "seconds": now - self._last, "n": outcome.n, "ci": ci}
         self.rows.append(measure(table, row, column, metric, number, **how))
         self._last = now
         if self.record:

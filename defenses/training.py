@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import math
 import os
+import statistics
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
