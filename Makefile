@@ -11,6 +11,7 @@ BIN := .venv/bin
 book: .venv/.book
 	@$(BIN)/python -m book.build
 
+test: export OMP_NUM_THREADS = 1 # as many workers as cores: threads of their own would stall them
 test: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -120,7 +120,8 @@ class Run:
         ci = (scale * outcome.ci[0], scale * outcome.ci[1])
         now = time.perf_counter()
         how: dict[str, Any] = {"protocol": self.protocol, "dataset": self.dataset}
-        how |= {"device": self.device, "seeds": self.seeds, "seconds": now - self._last, "n": outcome.n, "ci": ci}
+        how |= {"device": self.device, "seeds": self.seeds, "seconds": now - self._last}
+        how |= {"n": outcome.n, "ci": ci}
         self.rows.append(measure(table, row, column, metric, number, **how))
         self._last = now
         if self.record:
