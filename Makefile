@@ -11,7 +11,8 @@ BIN := .venv/bin
 book: .venv/.book
 	@$(BIN)/python -m book.build
 
-test: export OMP_NUM_THREADS = 1 # as many workers as cores: threads of their own would stall them
+# As many workers as cores: threads of their own would stall them.
+test: export OMP_NUM_THREADS = 1
 test: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

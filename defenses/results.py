@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 try:
     import fcntl
@@ -127,6 +128,14 @@ class Run:
         if self.record:
             record(self.chapter, self.rows[-1:])
         return outcome
+
+    def keep(self, name: str, figure: Figure) -> Figure:
+        """Return `figure`; with ``record``, also write `results/figures/CHAPTER-NAME.png`."""
+        if self.record:
+            folder = _folder(self.chapter, None) / "results" / "figures"
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{self.chapter}-{name}.png")
+        return figure
 
 
 def record(chapter: str, rows: Rows, folder: str | Path | None = None) -> None:
