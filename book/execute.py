@@ -5,6 +5,7 @@ run to the next for no reason (progress bars, time stamps, random cell ids).
 Name notebooks to run only these: `python -m book.execute PATH`.
 """
 
+import base64
 import hashlib
 import sys
 from pathlib import Path
@@ -39,10 +40,23 @@ def _unused_id(source: str, taken: set[str]) -> str:
     return name
 
 
+def picture(notebook: NotebookNode, tag: str) -> bytes | None:
+    """The picture that the cell with this tag shows: the book's front page borrows one."""
+    for cell in notebook.cells:
+        if tag in cell.metadata.get("tags", []):
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    return base64.b64decode(output.data["image/png"])
+    return None
+
+
 def main(paths: list[Path]) -> None:
     for path in paths:
         run(path, path)
-        nbformat.write(clean(nbformat.read(path, as_version=4)), path)
+        notebook = clean(nbformat.read(path, as_version=4))
+        nbformat.write(notebook, path)
+        if hook := picture(notebook, "hook"):
+            (ROOT / "book" / "static" / "hook.png").write_bytes(hook)
 
 
 if __name__ == "__main__":
