@@ -81,7 +81,7 @@ def deepfool(
             if step == 0:
                 k_0 = f.argmax(dim=1)
                 classes = f.topk(min(candidates, f.shape[1]), dim=1).indices[:, 1:]
-                slopes = torch.full(classes.shape, torch.inf, device=x.device).double()
+                slopes = x.new_full(classes.shape, torch.inf, dtype=torch.float64)
                 left = torch.ones_like(k_0, dtype=torch.bool) if y is None else k_0 == y
             else:
                 left = ~fools(f, k_0)
