@@ -43,7 +43,7 @@ def panels(
 
 def curves(
     axis: Axes,
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Mapping[str, tuple[Any, Any]],
     *,
     xlabel: str = "",
     ylabel: str = "",
