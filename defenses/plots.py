@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,11 +77,12 @@ def strip(images: Mapping[str, Tensor], titles: Sequence[str] = (), size: float 
 
 def scatter(axis: Axes, points: Tensor, labels: Tensor) -> None:
     """Points (N, 2) in the colors of their labels, with equal scales and no ticks."""
-    palette = plt.get_cmap("tab10")
     points, labels = points.detach().cpu(), labels.cpu()
-    for label in labels.unique().tolist():
+    classes = labels.unique().tolist()
+    palette = COLORS if len(classes) <= len(COLORS) else plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for color, label in zip(itertools.cycle(palette), classes, strict=False):
         x, y = points[labels == label].T
-        axis.scatter(x, y, s=4, linewidths=0, alpha=0.7, color=palette(label % 10), label=label)
+        axis.scatter(x, y, s=4, linewidths=0, alpha=0.7, color=color, label=label)
     axis.set_aspect("equal", adjustable="datalim")
     axis.set(xticks=[], yticks=[])
 
