@@ -303,7 +303,8 @@ def _locked(folder: Path) -> Iterator[None]:
 def _hardware(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else device
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
 
 
 @functools.cache

@@ -40,7 +40,8 @@ def side_by_side(
     chapter, table : str
         The table may be one that only we have measured.
     rows : names, optional
-        Those to show, in this order; default: all, in the paper's order, then what only we have.
+        Those to show, in this order; default: all, in the paper's order, then what only we have
+        (rows in the order in which the paper first names them).
     columns : names or str, optional
         Likewise; a single text stands for every column that begins with it, such as `mnist fgsm`.
     **choice
@@ -54,7 +55,10 @@ def side_by_side(
     """
     ours = best(chapter, **choice)
     theirs = printed(chapter, choice.get("folder"))[[*KEY, "printed"]]
-    cells = pd.concat([theirs.merge(ours, on=KEY, how="left"), ours[ours["own"] == ""]])
+    places = {row: place for place, row in enumerate(theirs["row"].unique())}
+    more = ours[ours["own"] == ""].sort_values(KEY)
+    more = more.sort_values("row", key=lambda row: row.map(places), kind="stable")
+    cells = pd.concat([theirs.merge(ours, on=KEY, how="left"), more])
     cells = cells[cells["table"].isin(_chosen("table", [table], cells["table"]))]
     if isinstance(columns, str):
         columns = [c for c in cells["column"].unique() if c.startswith(columns)] or [columns]

@@ -143,7 +143,8 @@ def test_a_measurement_says_how_it_was_made() -> None:
     got = row(ci=(48.0, 52.0), seeds=[0, 1], device=torch.device("cpu"))
     assert list(got) == COLUMNS
     assert (got["seeds"], got["ci_low"], got["ci_high"]) == ("0 1", 48.0, 52.0)
-    assert got["device"] == f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    assert got["device"] == ("CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads")
     assert re.fullmatch(r"torch \d+\.\d+\.\d+\w*", got["versions"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", got["date"])
     assert math.isnan(row()["ci_low"])

@@ -58,6 +58,15 @@ def test_an_empty_table_shows_the_papers_numbers_and_a_dash(store: Path) -> None
     assert "Table 13: 0 of 16 cells measured" in text
 
 
+def test_a_table_of_our_own_keeps_the_papers_order_of_rows(store: Path) -> None:
+    names = ["CCN+LS", "SM", "ours", "CCN"]
+    rows = [row(name, column, table="ours") for name in names for column in ("mnist b", "mnist a")]
+    head, body, text = parsed(side_by_side(CHAPTER, "ours", measured=rows, folder=store).html)
+    assert list(body) == ["SM", "CCN", "CCN+LS", "ours"]
+    assert head[1] == ["", "a", "b"]
+    assert "the paper has no such table" in text
+
+
 def test_a_table_says_how_its_numbers_were_measured(store: Path) -> None:
     rows = [
         row("SM", value=31.0, ci=(28.1, 34.2), seeds=[0, 1], protocol="short", dataset="mnist"),

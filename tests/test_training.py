@@ -365,7 +365,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_by_name(tmp_path: Path) -> 
         ({"batch_size": 32}, "another run.*batch_size was 64, is 32"),
         ({"loss": label_smoothing(0.1)}, "another run.*loss was cross_entropy, is label_smoothing"),
     ],
-    ids=str,
+    ids=["seed", "batch size", "loss"],
 )
 def test_another_runs_checkpoint_is_refused(
     tmp_path: Path, changed: dict[str, Any], message: str
