@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -14,22 +13,22 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from defenses import results
+from defenses.evaluation import Accuracy, Robustness
 from defenses.results import (
     COLUMNS,
     KEY,
+    Run,
     best,
     claim,
     coverage,
-    measure,
     printed,
     record,
     value,
 )
-
-CHAPTER = "compact_convolution"
-PAPER = Path(__file__).parents[1] / "chapters" / "paper"
+from tests.measurements import CHAPTER, row
 
 # Added up from the paper's text by another program than the one that wrote the file.
 ROW_SUMS = {
@@ -61,29 +60,6 @@ COLUMN_SUMS = {
     "table12": "2.542 592.42",
     "table13": "796.18 360.54",
 }
-
-
-def row(
-    row: str = "SM",
-    column: str = "mnist fgsm 0.3",
-    value: float = 50.0,
-    *,
-    table: str = "table1",
-    metric: str = "accuracy",
-    protocol: str = "quick",
-    dataset: str = "digits",
-    **changed: Any,
-) -> dict[str, Any]:
-    how: dict[str, Any] = {"n": 360, "seeds": 0, "device": "a toy", "seconds": 1.5} | changed
-    return measure(table, row, column, metric, value, protocol=protocol, dataset=dataset, **how)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """Return a folder with the paper's numbers and nothing measured."""
-    (tmp_path / "paper").mkdir()
-    shutil.copy(PAPER / f"{CHAPTER}.csv", tmp_path / "paper")
-    return tmp_path
 
 
 def stored(store: Path) -> pd.DataFrame:
@@ -360,3 +336,40 @@ def test_coverage_counts_cells_by_their_best_protocol(store: Path) -> None:
     assert frame.loc["table1", columns[:-1]].tolist() == [60, 0, 1, 1, 58]
     assert frame.loc["table13"].tolist() == [16, 1, 0, 0, 15, "mnist 1"]
     assert frame.loc["table2"].tolist() == [60, 0, 0, 0, 60, ""]
+
+
+# A run
+
+
+def run_in(store: Path, monkeypatch: pytest.MonkeyPatch, **changed: Any) -> Run:
+    monkeypatch.chdir(store)
+    return Run(CHAPTER, "quick", "digits", "a toy", 3, **changed)
+
+
+def test_a_run_notes_percentages_and_ratios_with_their_intervals(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(store, monkeypatch)
+    accuracy = Accuracy(torch.tensor([True, True, True, False]))
+    assert run.note("table1", "SM", "mnist fgsm 0.3", accuracy) is accuracy
+    run.note("table3", "SM", "mnist deepfool", Robustness(0.2, (0.1, 0.3), 9, 1), "robustness")
+    first, second = run.rows
+    assert (first["value"], first["n"], first["metric"]) == (75.0, 4, "accuracy")
+    assert (first["ci_low"], first["ci_high"]) == pytest.approx([100 * b for b in accuracy.ci])
+    assert (second["value"], second["ci_low"], second["n"]) == (0.2, 0.1, 9)
+    assert {(r["protocol"], r["dataset"], r["seeds"]) for r in run.rows} == {
+        ("quick", "digits", "3")
+    }
+    assert not (store / "results").exists()  # nothing is written unless asked for
+
+
+def test_a_recording_run_writes_each_row_and_figure_at_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(store, monkeypatch, record=True)
+    for name in ("SM", "CCN"):
+        run.note("table1", name, "mnist fgsm 0", Accuracy(torch.tensor([True])))
+        assert name in set(stored(store)["row"])
+    figure = Figure()
+    assert run.keep("1", figure) is figure
+    assert (store / "results" / "figures" / f"{CHAPTER}-1.png").stat().st_size > 0

@@ -1,41 +1,14 @@
 """Our numbers beside the paper's, as a reader sees them."""
 
 import re
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bs4 import BeautifulSoup
 
-from defenses.results import measure, record
+from defenses.results import record
 from defenses.tables import side_by_side
-
-CHAPTER = "compact_convolution"
-PAPER = Path(__file__).parents[1] / "chapters" / "paper"
-
-
-def row(
-    row: str = "SM",
-    column: str = "mnist fgsm 0.3",
-    value: float = 50.0,
-    *,
-    table: str = "table1",
-    metric: str = "accuracy",
-    protocol: str = "quick",
-    dataset: str = "digits",
-    **changed: Any,
-) -> dict[str, Any]:
-    how: dict[str, Any] = {"n": 360, "seeds": 0, "device": "a toy", "seconds": 1.5} | changed
-    return measure(table, row, column, metric, value, protocol=protocol, dataset=dataset, **how)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """Return a folder with the paper's numbers and nothing measured."""
-    (tmp_path / "paper").mkdir()
-    shutil.copy(PAPER / f"{CHAPTER}.csv", tmp_path / "paper")
-    return tmp_path
+from tests.measurements import CHAPTER, row
 
 
 def parsed(html: str) -> tuple[list[list[str]], dict[str, list[str]], str]:

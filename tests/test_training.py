@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from defenses.data import ImageData, crop_and_flip, load_data
 from defenses.models import mnist_compact
-from defenses.training import cross_entropy, fit, label_smoothing
+from defenses.training import cross_entropy, fit, label_smoothing, step_seconds
 
 EPOCHS = 4
 TORN = signal.SIGKILL
@@ -428,3 +429,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         with pytest.raises(FloatingPointError, match=r"epoch 2.*lower the learning rate"):
             fit(network(), digits(), epochs=3, loss=cross_entropy, checkpoint=checkpoint)
         assert checkpoint.read_bytes() == content
+
+
+def test_steps_are_timed_in_turns_each_with_its_own_loss() -> None:
+    turns = []
+
+    def slow(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        turns.append(model)
+        time.sleep(0.02)
+        return cross_entropy(model, x, y)
+
+    models = {"fast": network(), "slow": network(), "slower": network()}
+    x, y = torch.rand(8, 1, 28, 28), torch.arange(8)
+    losses = {"slow": slow, "slower": lambda m, x, y: slow(m, x, y) + slow(m, x, y)}
+    seconds = step_seconds(models, x, y, losses=losses, repeats=3)
+    assert turns == [models["slow"], models["slower"], models["slower"]] * 6
+    assert seconds["fast"] < seconds["slow"] < seconds["slower"]
+    assert seconds["slower"] >= 0.04
