@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attacks.contract import attacking, input_gradient
+from .attacks.contract import attacking
 from .attacks.losses import PerImageLoss, objective
 from .evaluation import Accuracy, Split, on_device_of, wilson
 
@@ -51,7 +51,7 @@ def zero_gradient_share(
         with attacking(model, x, y) as logits_of:
             x = x.detach().requires_grad_()
             value, _ = objective(model, logits_of, loss)(x, y, None)
-            zero = (input_gradient(value, x) == 0).flatten(1)
+            zero = (logits_of.gradient(value, x) == 0).flatten(1)
         zero_images += int(zero.all(dim=1).sum())
         zero_pixels += int(zero.sum())
         images, pixels = images + len(x), pixels + zero.numel()

@@ -253,5 +253,5 @@ def _attacked(attack: Attack | None, model: nn.Module, x: Tensor, y: Tensor) -> 
 
 
 def _correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with attacking(model, x, y) as logits_of, torch.no_grad():
-        return logits_of(x).argmax(dim=1) == y
+    with attacking(model, x, y) as logits_of:
+        return logits_of.exact(x).argmax(dim=1) == y

@@ -72,9 +72,9 @@ def test_the_attack_leaves_no_trace_in_the_model(
     model.get_submodule("pool2").eval()  # a mode of its own
     twin, modes = copy.deepcopy(model), [module.training for module in model.modules()]
     attack = functools.partial(pgd, eps=0.2, step_size=0.1, steps=2, random_start=False)
-    x_adv = attack(copy.deepcopy(model).eval(), x, y)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        x_adv = attack(copy.deepcopy(model).eval(), x, y)
         torch.manual_seed(1)
         attacked = adversarial(attack)(model, x, y)
         torch.manual_seed(1)

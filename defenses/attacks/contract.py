@@ -4,24 +4,86 @@ The faults that this file guards against are those that users of other libraries
 left in train mode, NaN logits counted as robustness, a range other than [0, 1].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-Logits = Callable[[Tensor], Tensor]
+
+@dataclass(eq=False)
+class Forward:
+    """The checked forward pass that `attacking` hands out: images to logits (N, K).
+
+    Called, it runs under the caller's autocast: the pass to differentiate. `exact` runs in full
+    precision whatever the caller asked for: the pass to judge by. Without autocast they are the
+    same, and ``rounded`` is False. Both return float32, or float64 where the model computes in it.
+    """
+
+    model: nn.Module
+    num_labels: int
+    device: torch.device
+    rounded: bool
+    nan_logits: Tensor
+    nan_gradients: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = _checked_logits(self.model(images), len(images), self.num_labels)
+        _note_most(self.nan_logits, logits)
+        return logits
+
+    @torch.no_grad()
+    def exact(self, images: Tensor) -> Tensor:
+        """Logits in full precision; autograd keeps nothing of it."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self(images)
+
+    def gradient(self, value: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
+        """∇ₓ of the sum of `value` (N,), so of each image's own value."""
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(
+                value.sum(), x, retain_graph=keep_graph, allow_unused=True
+            )
+        if gradient is None:
+            raise ValueError(
+                "the logits do not depend on the images through anything differentiable: "
+                "remove detach(), no_grad() and rounding from the model's forward pass"
+            )
+        _note_most(self.nan_gradients, gradient)
+        return gradient
+
+    def raise_if_nan(self) -> None:
+        """Asked once, at the end: to ask at every step would make a GPU wait at every step."""
+        if logits := int(self.nan_logits):
+            raise ValueError(
+                f"the model returned NaN logits for {logits} of the images, which would count as "
+                "robust: repair the model first"
+            )
+        if gradients := int(self.nan_gradients):
+            raise ValueError(
+                f"the gradient is NaN for {gradients} of the images, which would count as robust: "
+                "look for sqrt, norm or division at zero in the model"
+            )
 
 
 @contextmanager
 def attacking(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, target: Tensor | None = None
-) -> Iterator[Logits]:
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    exact: bool = False,
+) -> Iterator[Forward]:
     """Check the input, hold the model still, and hand out its checked forward pass.
 
-    Inside, every submodule is in eval mode, no parameter requires a gradient, autograd is on, and
-    inference mode and autocast are off. On exit, also after an exception, each submodule's mode
-    and each parameter's ``requires_grad`` and ``grad`` are what they were.
+    Inside, every submodule is in eval mode, no parameter requires a gradient, autograd is on and
+    inference mode off. On exit, also after an exception, each submodule's mode and each
+    parameter's ``requires_grad`` and ``grad`` are what they were. Autocast stays as the caller
+    has it: under ``torch.autocast(device, torch.bfloat16)`` gradients are rounded and fast, and
+    success is still judged in full precision.
 
     Parameters
     ----------
@@ -31,17 +93,19 @@ def attacking(
         Images (N, C, H, W), float32 or float64, in [0, 1].
     y, target : Tensor, optional
         Labels int64 (N,), on the device of `x`; `target` differs from `y` everywhere.
+    exact : bool
+        True switches autocast off, for an attack that follows a boundary closely.
 
     Yields
     ------
-    Callable[[Tensor], Tensor]
-        Maps images to logits (N, K) in float32 (float64 where the model computes in it).
+    Forward
+        Maps images to logits (N, K).
 
     Raises
     ------
     ValueError
         Where an argument breaks the above; from the forward pass, where the logits have the wrong
-        shape, hold NaN, or have too few classes for the labels.
+        shape or too few classes for the labels; on exit, where a logit or a gradient was NaN.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -53,15 +117,19 @@ def attacking(
     if y is not None and target is not None and bool((y == target).any()):
         raise ValueError("target equals the label of some image: aim at another class")
 
-    def logits_of(images: Tensor) -> Tensor:
-        return _checked_logits(model(images), len(images), num_labels)
-
     with ExitStack() as stack:
+        if exact:
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
         stack.enter_context(_held_still(model))
-        yield logits_of
+        nan_logits, nan_gradients = torch.zeros(2, dtype=torch.int64, device=x.device).unbind()
+        rounded = torch.is_autocast_enabled(x.device.type)
+        logits_of = Forward(model, num_labels, x.device, rounded, nan_logits, nan_gradients)
+        try:
+            yield logits_of
+        finally:
+            logits_of.raise_if_nan()
 
 
 def _check_images(x: Tensor) -> None:
@@ -100,27 +168,6 @@ def generator_for(
     return torch.Generator(x.device).manual_seed(seed)
 
 
-def input_gradient(value: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
-    """∇ₓ of the sum of `value` (N,), so of each image's own value; a ValueError where it is NaN."""
-    gradient = None
-    if value.requires_grad:
-        (gradient,) = torch.autograd.grad(
-            value.sum(), x, retain_graph=keep_graph, allow_unused=True
-        )
-    if gradient is None:
-        raise ValueError(
-            "the logits do not depend on the images through anything differentiable: "
-            "remove detach(), no_grad() and rounding from the model's forward pass"
-        )
-    if bool(gradient.isnan().any()):
-        images = int(gradient.isnan().flatten(1).any(dim=1).sum())
-        raise ValueError(
-            f"the gradient is NaN for {images} of {len(x)} images, which would count as robust: "
-            "look for sqrt, norm or division at zero in the model"
-        )
-    return gradient
-
-
 def relative_norm(x_adv: Tensor, x: Tensor) -> Tensor:
     """‖η‖₂ / ‖x‖₂ an image, the left side of Eq. 8 in Ranjan et al. (2018); shape (N,)."""
     eta, size = (x_adv - x).flatten(1).norm(dim=1), x.flatten(1).norm(dim=1)
@@ -157,13 +204,11 @@ def _checked_logits(logits: Tensor, num_images: int, num_labels: int) -> Tensor:
             f"the model has {num_classes} classes, expected at least {max(2, num_labels)}"
             f"{f' for labels up to {num_labels - 1}' if num_labels > 2 else ''}"
         )
-    if bool(logits.isnan().any()):
-        images = int(logits.isnan().any(dim=1).sum())
-        raise ValueError(
-            f"the model returned NaN logits for {images} of {num_images} images, "
-            "which would count as robust: repair the model first"
-        )
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _note_most(most: Tensor, values: Tensor) -> None:
+    torch.maximum(most, values.detach().isnan().flatten(1).any(dim=1).sum(), out=most)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Moosavi-Dezfooli, Fawzi & Frossard (2016), Alg. 2; the max-residue-ratio is Eq. 
 import torch
 from torch import Tensor, nn
 
-from .contract import Logits, attacking, check_count, input_gradient, relative_norm
+from .contract import Forward, attacking, check_count, relative_norm
 from .losses import fools
 
 # Our choice: at a tie, or close to a boundary that bends away, a shorter step would get lost in the
@@ -33,7 +33,8 @@ def deepfool(
     """DeepFool, untargeted, L2.
 
     The image that each step judges is the one that would be returned: overshot and clipped to
-    [0, 1]. The image leaves the batch as soon as that fools the model.
+    [0, 1]. The image leaves the batch as soon as that fools the model. Autocast is off: a rounded
+    boundary would be another one.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ def deepfool(
         raise ValueError(f"overshoot is {overshoot}, expected >= 0")
     if max_residue_ratio is not None and not max_residue_ratio >= 0:
         raise ValueError(f"max_residue_ratio is {max_residue_ratio}, expected >= 0 or None")
-    with attacking(model, x, y) as logits_of:
+    with attacking(model, x, y, exact=True) as logits_of:
         x = x.detach().clone()
         x_adv, x_i = x.clone(), x.clone()
         rows = torch.arange(len(x), device=x.device)
@@ -100,7 +101,7 @@ def deepfool(
 
 
 def _to_nearest_boundary(
-    logits_of: Logits,
+    logits_of: Forward,
     x_i: Tensor,
     f: Tensor,
     left: Tensor,
@@ -127,7 +128,7 @@ def _to_nearest_boundary(
         k = order[graph, look]
         ends = torch.stack([classes[graph, k], k_0[graph]], dim=1)
         f_k, f_0 = f.gather(1, ends).unbind(dim=1)
-        w_k = input_gradient(f_k - f_0, x_g, keep_graph=True)
+        w_k = logits_of.gradient(f_k - f_0, x_g, keep_graph=True)
         slope = torch.linalg.vector_norm(w_k, dim=(1, 2, 3), dtype=torch.float64)
         distance = (f_k - f_0).detach().abs() / slope
         r_k = w_k / _per_image(slope) * _per_image(distance.clamp(min=SHORTEST_STEP))

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .contract import attacking, check_count, generator_for, input_gradient
-from .losses import Objective, PerImageLoss, fools, objective
+from .contract import Forward, attacking, check_count, generator_for
+from .losses import Objective, PerImageLoss, fooled_at, fools, objective
 
 
 def fgsm(
@@ -183,18 +183,18 @@ def _attack(
             "without which each would do the same"
         )
     with attacking(model, x, y, target) as logits_of:
-        x = x.detach().clone()
+        x, y = x.detach().clone(), y.clone()
+        target = None if target is None else target.clone()
         lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
         climb = objective(model, logits_of, loss)
-        ascent = _Ascent(climb, y, target, lower, upper, step_size, decay)
+        ascent = _Ascent(logits_of, climb, y, target, lower, upper, step_size, decay)
         starts = ((x + eps * draw(x)).clamp(lower, upper) if draw else x for _ in range(restarts))
         if not early_stop:
             return ascent.last_iterate(next(starts), steps)
         x_adv = x.clone()
         height = x.new_full((len(x),), -torch.inf)  # of the loss at x_adv; inf once it fools
         if draw and len(x):
-            with torch.no_grad():
-                height[fools(logits_of(x), y, target)] = torch.inf
+            height[fools(logits_of.exact(x), y, target)] = torch.inf
         for start in starts:
             ascent.first_fooling(start, steps, x_adv, height)
         return x_adv
@@ -202,6 +202,7 @@ def _attack(
 
 @dataclass(frozen=True)
 class _Ascent:
+    logits_of: Forward
     climb: Objective
     y: Tensor
     target: Tensor | None
@@ -214,8 +215,8 @@ class _Ascent:
         every, g = torch.arange(len(x_t), device=x_t.device), torch.zeros_like(x_t)
         for _ in range(steps):
             x_t = x_t.detach().requires_grad_()
-            value, _ = self._look(x_t, every)
-            x_t, g = self._step(x_t.detach(), input_gradient(value, x_t), g, every)
+            value, _ = self.climb(x_t, self.y, self.target)
+            x_t, g = self._step(x_t.detach(), self.logits_of.gradient(value, x_t), g, every)
         return x_t
 
     def first_fooling(self, x_t: Tensor, steps: int, x_adv: Tensor, height: Tensor) -> None:
@@ -224,21 +225,23 @@ class _Ascent:
         for t in range(steps + 1):
             if not len(rows):
                 return
-            value, fooled = self._look(x_t.requires_grad_(t < steps), rows)
+            value, fooled = self._look(x_t.requires_grad_(t < steps), rows, last=t == steps)
             reached = torch.where(fooled, torch.inf, value.detach().to(height))
             higher = _per_image(reached > height[rows])
             x_adv[rows] = torch.where(higher, x_t.detach(), x_adv[rows])
             height[rows] = torch.maximum(reached, height[rows])
             if t < steps:
-                gradient = input_gradient(value, x_t)
+                gradient = self.logits_of.gradient(value, x_t)
                 left = (~fooled).nonzero().squeeze(1)
                 rows = rows[left]
                 x_t, g = self._step(x_t.detach()[left], gradient[left], g[left], rows)
 
-    def _look(self, x_t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _look(self, x_t: Tensor, rows: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         y, target = self.y[rows], None if self.target is None else self.target[rows]
         value, logits = self.climb(x_t, y, target)
-        return value, fools(logits, y, target)
+        if last and self.logits_of.rounded:
+            logits = self.logits_of.exact(x_t)
+        return value, fooled_at(self.logits_of, x_t, logits, y, target)
 
     def _step(
         self, x_t: Tensor, gradient: Tensor, g: Tensor, rows: Tensor

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Logits
+from .contract import Forward
 
 PerImageLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Objective = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -78,10 +78,28 @@ def fools(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
     return ahead - behind > 64 * torch.finfo(logits.dtype).eps * ahead.abs()
 
 
+@torch.no_grad()
+def fooled_at(
+    logits_of: Forward, x: Tensor, logits: Tensor, y: Tensor, target: Tensor | None = None
+) -> Tensor:
+    """`fools` at images `x` with these `logits`; under autocast a yes is asked for again, exactly.
+
+    A no is taken as it is: an iterate that rounding hides is found by the next one, and the last
+    one is worth an exact pass of its own.
+    """
+    fooled = fools(logits.detach(), y, target)
+    if logits_of.rounded:
+        rows = fooled.nonzero().squeeze(1)
+        if len(rows):
+            goal = None if target is None else target[rows]
+            fooled[rows] = fools(logits_of.exact(x[rows]), y[rows], goal)
+    return fooled
+
+
 LOSSES = {"ce": log_odds, "ce_textbook": cross_entropy, "margin": margin, "dlr": dlr}
 
 
-def objective(model: nn.Module, logits_of: Logits, loss: str | PerImageLoss) -> Objective:
+def objective(model: nn.Module, logits_of: Forward, loss: str | PerImageLoss) -> Objective:
     """What an attack climbs: ``(x, y, target) -> (value (N,), logits (N, K))``.
 
     Without a target the loss of `y` is climbed; with one, the loss of the target is descended.
@@ -104,7 +122,7 @@ def objective(model: nn.Module, logits_of: Logits, loss: str | PerImageLoss) -> 
 
 
 def _of_logits(
-    logits_of: Logits, loss: str, x: Tensor, y: Tensor, target: Tensor | None
+    logits_of: Forward, loss: str, x: Tensor, y: Tensor, target: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     logits = logits_of(x)
     if target is None:
@@ -116,7 +134,7 @@ def _of_logits(
 
 def _of_callable(
     model: nn.Module,
-    logits_of: Logits,
+    logits_of: Forward,
     loss: PerImageLoss,
     x: Tensor,
     y: Tensor,
