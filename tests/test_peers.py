@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks import bim, deepfool, fgsm, mim, pgd
+from defenses.attacks import autoattack, bim, deepfool, fab, fgsm, mim, pgd
+from defenses.attacks.norms import NORMS, size
 from defenses.data import batches, load_data, to_float
 from defenses.evaluation import NORMAL_975
 
@@ -200,3 +201,33 @@ def test_torchattacks_mim_freezes_where_ours_goes_on() -> None:
     ours = mim(model, x, y, eps=0.5, step_size=0.05, steps=10)
     assert left(model, theirs, y) == 1
     assert left(model, ours, y) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.06), ("l2", 0.9)])
+def test_autoattack_leaves_no_more_accuracy(norm: str, eps: float, victim) -> None:
+    """Our whole standard version beside theirs; one image may hang on a random start."""
+    model, x, y = victim
+    x, y = x[:50], y[:50]
+    options = {"eps": eps, "norm": {"linf": "Linf", "l2": "L2"}[norm], "n_classes": 10, "seed": 0}
+    theirs = left(model, torchattacks_attack("AutoAttack", **options)(model, x, y), y)
+    assert 0.1 < theirs < 0.9, "a radius at which nothing can be seen"
+    x_adv = autoattack(model, x, y, eps=eps, norm=norm)
+    assert left(model, x_adv, y) <= theirs + 0.021
+    assert size(x_adv - x, norm).max() <= eps * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_fab_finds_images_as_near(norm: str, victim) -> None:
+    """One class each: theirs leaves after the first that fools."""
+    model, x, y = victim
+    x, y = x[:40], y[:40]
+    options = {"eps": 9.0, "norm": {"linf": "Linf", "l2": "L2"}[norm], "n_classes": 10}
+    options |= {"steps": 30, "multi_targeted": True}
+    theirs = torchattacks_attack("FAB", **options)(model, x, y)
+    ours = fab(model, x, y, norm=norm, steps=30, targets=1)
+    assert left(model, ours, y) == 0
+    fooled = model(theirs).argmax(dim=1) != y
+    assert fooled.sum() > 30
+    near, far = (size(x_adv - x, norm)[fooled].mean() for x_adv in (ours, theirs))
+    assert near <= 1.01 * far

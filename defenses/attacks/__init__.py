@@ -4,7 +4,24 @@ Images are float32 or float64 (N, C, H, W) in [0, 1], labels int64 (N,); the mod
 logits and normalizes inside. What all attacks promise stands in `defenses.attacks.contract`.
 """
 
+from .apgd import apgd
+from .autoattack import autoattack, autoattack_report
+from .blackbox import square
 from .deepfool import deepfool
+from .expectation import eot
+from .fab import fab
 from .gradient import bim, fgsm, mim, pgd
 
-__all__ = ["bim", "deepfool", "fgsm", "mim", "pgd"]
+__all__ = [
+    "apgd",
+    "autoattack",
+    "autoattack_report",
+    "bim",
+    "deepfool",
+    "eot",
+    "fab",
+    "fgsm",
+    "mim",
+    "pgd",
+    "square",
+]

@@ -52,7 +52,7 @@ class Forward:
                 "remove detach(), no_grad() and rounding from the model's forward pass"
             )
         _note_most(self.nan_gradients, gradient)
-        return gradient
+        return gradient.nan_to_num(nan=0.0)  # so that NaN logits are the model's own
 
     def raise_if_nan(self) -> None:
         """Asked once, at the end: to ask at every step would make a GPU wait at every step."""
