@@ -153,6 +153,30 @@ def compact_network(
     return he_initialized(nn.Sequential(layers))
 
 
+def lenet(num_classes: int = 10) -> nn.Sequential:
+    """LeNet-5 (LeCun et al., 1998), (N, 1, 28, 28) to (N, num_classes): the usual substitute.
+
+    Today's reading: ReLU and max pooling, no Gaussian output layer.
+    """
+    return he_initialized(
+        nn.Sequential(
+            Center(),
+            nn.Conv2d(1, 6, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(400, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, num_classes),
+        )
+    )
+
+
 def he_initialized(model: nn.Sequential) -> nn.Sequential:
     """Draw every weight from N(0, 2/fan-in) and set every bias to 0 (He et al., 2015).
 
