@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from functools import partial
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from defenses.attacks import fgsm, pgd
-from defenses.attacks.blackbox import HALVED_AT, _bump, _eta, _square, square
+from defenses.attacks.blackbox import HALVED_AT, _bump, _eta, _moved_mass, _square, square
 from defenses.attacks.losses import margin
 from defenses.attacks.substitute import train_substitute
 from defenses.data import load_data, to_float
@@ -112,23 +113,59 @@ def test_eta_is_equation_2() -> None:
     torch.testing.assert_close(eta.norm() ** 2, 2 * eta[:4].norm() ** 2)
 
 
+@every_norm
 @pytest.mark.parametrize(("schedule", "stretch"), [(None, 1000), (4000, 4000)])
-def test_squares_shrink_on_schedule(schedule: int | None, stretch: int) -> None:
+def test_squares_shrink_on_schedule(
+    norm: str, schedule: int | None, stretch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The side is √(p·H·W) while p is halved; AutoAttack leaves the end of its schedule out."""
-    seen: list[Tensor] = []
-    model, x = hard_to_fool(Linear(784, 2)), images(1, size=28, low=0.3, high=0.7)
-    model.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0]))
-    square(model, x, labels(1), eps=0.1, queries=1000, schedule=schedule, seed=0)
-    best, value = seen[1], margin(model(seen[1]), labels(1))
-    for query in range(2, 1001):
-        x_new = seen[query]
-        changed = (x_new != best)[0, 0].nonzero()
-        extent = int((changed.amax(dim=0) - changed.amin(dim=0)).max()) + 1
-        done = (query - 2) / stretch * 10_000
-        p = 0.8 / 2 ** sum(int(done) > at for at in HALVED_AT)
-        assert 1 <= extent <= max(round(math.sqrt(p * 784)), 1), query
-        if (higher := margin(model(x_new), labels(1))) > value:
-            best, value = x_new, higher
+    module, sides = sys.modules[square.__module__], []
+    window = vars(module)["_window"]
+
+    def recorded(x: Tensor, side: int, draw: Any) -> Any:
+        sides.append(side)
+        return window(x, side, draw)
+
+    monkeypatch.setattr(module, "_window", recorded)
+    model, x = hard_to_fool(Linear(400, 2)), images(1, size=20, low=0.3, high=0.7)
+    square(model, x, labels(1), eps=0.1, norm=norm, queries=1000, schedule=schedule, seed=0)
+    expected = []
+    for i in range(999):
+        p = 0.8 / 2 ** sum(int(i / stretch * 10_000) > at for at in HALVED_AT)
+        side = round(math.sqrt(p * 400))
+        expected += [max(side, 1)] if norm == "linf" else 2 * [max(side + (side % 2 == 0), 3)]
+    assert sides == expected
+
+
+def test_l2_moves_mass_as_in_algorithm_3() -> None:
+    """One proposal for three channels and a ball that is not used up, written out."""
+    eps, x, g = 0.5, images(40, 3, 12, low=0.4, high=0.6), torch.Generator().manual_seed(0)
+    nu = torch.randn(x.shape, generator=g, dtype=torch.float64)
+    nu *= 0.7 * eps / nu.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    drawn: list[Tensor] = []
+
+    def draw(high: int, *shape: int) -> Tensor:
+        drawn.append(torch.randint(high, (40, *shape), generator=g))
+        return drawn[-1]
+
+    x_adv = _moved_mass(x, x + nu, eps, 0.2, draw)
+    r_1, s_1, r_2, s_2, turned, signs = drawn
+    eta = _eta(5, x.dtype, x.device)  # √(0.2·144) = 5.4
+    for i in range(40):
+        unused = eps**2 - nu[i].norm() ** 2
+        W1, W2 = (
+            (slice(int(r[i]), int(r[i]) + 5), slice(int(s[i]), int(s[i]) + 5))
+            for r, s in ((r_1, s_1), (r_2, s_2))
+        )
+        for c in range(3):
+            union = torch.zeros(12, 12, dtype=torch.bool)
+            union[W1], union[W2] = True, True
+            available = (nu[i, c][union].norm() ** 2 + unused / 3).sqrt()
+            bump = (2 * signs[i, c] - 1) * (eta if turned[i] else eta.T)
+            bump = bump.squeeze() + nu[i, c][W1] / nu[i, c][W1].norm()
+            nu[i, c][W2] = 0
+            nu[i, c][W1] = bump / bump.norm() * available
+    torch.testing.assert_close(x_adv, x + nu)
 
 
 def test_squares_reach_every_pixel() -> None:
@@ -222,10 +259,11 @@ def test_the_queries_are_counted(norm: str) -> None:
 def test_an_image_does_not_depend_on_its_neighbours(norm: str) -> None:
     model, x = net(), images(12)
     y = predicted(model, x)
-    others, wrong = torch.cat([x[:6], images(6, seed=1)]), torch.cat([y[:6], (y[6:] + 1) % 5])
+    others = torch.cat([images(6, seed=1), x[6:]])
+    wrong = torch.cat([(y[:6] + 1) % 5, y[6:]])  # those before them leave at once
     attack = partial(square, eps=EPS[norm], norm=norm, queries=60, seed=0)
     torch.testing.assert_close(
-        attack(model, others, wrong)[:6], attack(model, x, y)[:6], rtol=0, atol=1e-5
+        attack(model, others, wrong)[6:], attack(model, x, y)[6:], rtol=0, atol=1e-5
     )
 
 
