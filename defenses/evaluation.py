@@ -152,6 +152,8 @@ class Perturbations:
     ----------
     l2, linf, relative : Tensor
         ‖η‖₂, ‖η‖∞ and ‖η‖₂/‖x‖₂ of what the attack returned, float64.
+    l0 : Tensor
+        The number of inputs, of C·H·W, that differ; float64.
     clean_correct, fooled : Tensor
         Whether the model is right about the image, and wrong about what the attack returned.
     """
@@ -159,6 +161,7 @@ class Perturbations:
     l2: Tensor
     linf: Tensor
     relative: Tensor
+    l0: Tensor
     clean_correct: Tensor
     fooled: Tensor
 
@@ -176,6 +179,7 @@ def perturbations(
                 eta.norm(dim=1).double(),
                 eta.abs().amax(dim=1).double(),
                 relative_norm(x_adv, x).double(),
+                (eta != 0).sum(dim=1).double(),
                 _correct(model, x, y),
                 ~_correct(model, x_adv, y),
             )
@@ -195,7 +199,7 @@ def accuracy_within(found: Perturbations, max_residue_ratio: float) -> Accuracy:
 
 @dataclass(frozen=True)
 class Robustness:
-    """ρ_adv with its 95% interval, over `n` images; `unfooled` more are not in the mean."""
+    """A mean size with its 95% interval, over `n` images; `unfooled` more are not in the mean."""
 
     value: float
     ci: tuple[float, float]
@@ -223,12 +227,33 @@ def robustness(found: Perturbations) -> Robustness:
     ValueError
         Where not one image was fooled.
     """
-    ratios = found.relative[found.fooled]
-    n, unfooled = len(ratios), int((~found.fooled).sum())
+    return _mean(found.relative[found.fooled], int((~found.fooled).sum()))
+
+
+def success(found: Perturbations) -> Accuracy:
+    """The share of the images that the model had right and the attack fooled, of the former."""
+    return Accuracy(found.fooled[found.clean_correct])
+
+
+def mean_distance(found: Perturbations, measure: str = "l2") -> Robustness:
+    """The mean `measure` (``"l2"``, ``"linf"``, ``"l0"``) of what `success` counts as fooled.
+
+    Raises
+    ------
+    ValueError
+        Where not one image was fooled.
+    """
+    right = found.clean_correct
+    sizes = getattr(found, measure)[right & found.fooled]
+    return _mean(sizes, int((right & ~found.fooled).sum()))
+
+
+def _mean(sizes: Tensor, unfooled: int) -> Robustness:
+    n = len(sizes)
     if not n:
         raise ValueError(f"none of {unfooled} images was fooled: there is no distance to average")
-    mean = float(ratios.mean())
-    half = NORMAL_975 * float(ratios.std()) / math.sqrt(n) if n > 1 else math.inf
+    mean = float(sizes.mean())
+    half = NORMAL_975 * float(sizes.std()) / math.sqrt(n) if n > 1 else math.inf
     return Robustness(mean, (mean - half, mean + half), n, unfooled)
 
 

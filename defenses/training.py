@@ -175,7 +175,7 @@ def step_seconds(
 def _step(
     model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> Tensor:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=_has_bfloat16(x.device)):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
         value = loss(model, x, y)
     optimizer.zero_grad()
     value.backward()
@@ -183,7 +183,8 @@ def _step(
     return value.detach()
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 itself, so that autocast to it pays."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

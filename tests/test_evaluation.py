@@ -1,5 +1,6 @@
 """Accuracies, distances, transfer and the signs of masking, on models whose answer is known."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -18,8 +19,10 @@ from defenses.evaluation import (
     accuracy_within,
     epsilon_curve,
     evaluate,
+    mean_distance,
     perturbations,
     robustness,
+    success,
     transfer_matrix,
     wilson,
     worst_case,
@@ -192,6 +195,7 @@ def test_robustness_is_equation_9() -> None:
         l2=ratios,
         linf=ratios,
         relative=ratios,
+        l0=ratios,
         clean_correct=torch.tensor([False, True, True, True, True]),
         fooled=torch.tensor([True, True, True, True, False]),
     )
@@ -202,7 +206,21 @@ def test_robustness_is_equation_9() -> None:
     assert rho.ci == (pytest.approx(0.15 - half, abs=1e-4), pytest.approx(0.15 + half, abs=1e-4))
     assert repr(rho) == "0.150 (0.023–0.277, n=4, 1 unfooled)"
     with pytest.raises(ValueError, match="none of 5 images was fooled"):
-        robustness(Perturbations(ratios, ratios, ratios, found.fooled, torch.zeros(5).bool()))
+        robustness(dataclasses.replace(found, fooled=torch.zeros(5, dtype=torch.bool)))
+    assert success(found).correct.tolist() == [True, True, True, False]  # of those it had right
+    assert mean_distance(found).value == pytest.approx(0.2)  # the misclassified image is left out
+    assert (mean_distance(found, "l0").n, mean_distance(found).unfooled) == (3, 1)
+
+
+def test_perturbations_count_the_inputs_that_differ() -> None:
+    def three(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x_adv = x.clone()
+        x_adv[:, 0, 0, :3] = 0
+        return x_adv
+
+    found = perturbations(Brightness(), gray([0.4, 0.8]), three)
+    assert found.l0.tolist() == [3, 3]
+    assert found.linf.tolist() == pytest.approx([0.4, 0.8])
 
 
 def test_robustness_of_a_plain_threshold() -> None:
