@@ -461,6 +461,14 @@ def test_what_is_given_stays_and_a_seed_repeats() -> None:
         assert torch.equal(first, weights(seed=0))
 
 
+def test_the_substitute_trains_in_train_mode_and_is_asked_in_eval_mode() -> None:
+    start, modes = net(), cast(list[tuple[bool, bool]], [])
+    watch = lambda module, inputs, _: modes.append((module.training, inputs[0].requires_grad))  # noqa: E731
+    start.register_forward_hook(watch)
+    train_substitute(Linear(64, 5), ten_points(6), substitute=start, rounds=3, epochs=1)
+    assert modes.count((True, False)) == 3 and modes.count((False, True)) == 2
+
+
 def test_images_that_fool_the_substitute_fool_the_oracle_more_than_noise(victim) -> None:  # noqa: F811
     oracle, x, y = victim
     data = load_data("digits")
