@@ -65,8 +65,9 @@ def jsma(
     revisit : bool
         Whether a pixel can be chosen until it is 0 or 1 (Alg. 2), or only once (CleverHans).
     output : str
-        F, whose Jacobian it is: ``"softmax"``, as Eq. 8 is written, or ``"logits"``, as the paper's
-        experiments and CleverHans have it. On an MNIST network it took 1.7 times the pixels.
+        F, whose Jacobian it is: ``"softmax"``, as Eq. 8 is written, or ``"logits"``, as CleverHans
+        and, by report, the paper's experiments have it: the weaker, it reached 75% of the targets
+        "next" instead of 90% on an MNIST network, at twice the cost.
     chunk : int
         Images, or pairs of image and target, that pass through the model at once.
 
