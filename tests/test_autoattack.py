@@ -1,5 +1,6 @@
 """APGD, FAB and AutoAttack: closed forms, records, resuming, and the peers' standard version."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,13 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
 from defenses.attacks import apgd, autoattack, autoattack_report, deepfool, eot, fab, fgsm, pgd
-from defenses.attacks import autoattack as autoattack_function
 from defenses.attacks.apgd import checkpoints
 from defenses.attacks.fab import to_hyperplane
 from defenses.attacks.norms import NORMS, project, random_point, size, steepest
 from tests.test_attacks import Linear, Written, hard_to_fool, images, net, predicted
 
 both_norms = pytest.mark.parametrize("norm", NORMS)
-module = __import__("sys").modules[autoattack_function.__module__]
+module = sys.modules[autoattack.__module__]
 
 
 @pytest.fixture
