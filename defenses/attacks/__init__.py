@@ -7,21 +7,27 @@ logits and normalizes inside. What all attacks promise stands in `defenses.attac
 from .apgd import apgd
 from .autoattack import autoattack, autoattack_report
 from .blackbox import square
+from .carlini_wagner import carlini_wagner
 from .deepfool import deepfool
 from .expectation import eot
 from .fab import fab
 from .gradient import bim, fgsm, mim, pgd
+from .saliency import jsma
+from .substitute import train_substitute
 
 __all__ = [
     "apgd",
     "autoattack",
     "autoattack_report",
     "bim",
+    "carlini_wagner",
     "deepfool",
     "eot",
     "fab",
     "fgsm",
+    "jsma",
     "mim",
     "pgd",
     "square",
+    "train_substitute",
 ]
