@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ from defenses.compact import CompactConv2d
 from defenses.data import load_data
 from defenses.models import mnist_compact
 from defenses.training import cross_entropy, fit
+from tests.benchmarks.turns import kept
 
 BATCH = 128
 TURNS = 15
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Note = Callable[[list[dict[str, Any]]], None]
 AT_MOST = 1.25 if DEVICE == "cuda" else 1.5
 
 
@@ -103,8 +106,20 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
+def rows(
+    what: str, seconds: Mapping[str, list[float]], ours: str, theirs: str, at_most: float
+) -> list[dict[str, Any]]:
+    """What the store keeps: the ratio, and what it may be."""
+    threads = torch.get_num_threads()
+    column = f"{threads} thread{'s' * (threads > 1)}"
+    how: dict[str, Any] = {"protocol": "quick", "dataset": "digits", "n": BATCH}
+    how |= {"seconds": sum(map(sum, seconds.values()))}
+    numbers = {"ratio": ratio(seconds[ours], seconds[theirs]), "at most": at_most}
+    return [kept("training", column, what, name, value, **how) for name, value in numbers.items()]
+
+
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_compact_step_costs_little_more_than_a_plain_one(count: int) -> None:
+def test_a_compact_step_costs_little_more_than_a_plain_one(count: int, note: Note) -> None:
     x = torch.rand(BATCH, 1, 28, 28, device=DEVICE)
     y = torch.randint(10, (BATCH,), device=DEVICE)
     kinds = {"plain": None, "compact": CompactConv2d, "ones": OnesConvolution, "unfold": Unfolded}
@@ -112,6 +127,7 @@ def test_a_compact_step_costs_little_more_than_a_plain_one(count: int) -> None:
     runs = {name: partial(trainer(network(kind)), x, y) for name, kind in kinds.items()}
     with threads(count) as clock:
         seconds = in_turns(runs, clock, TURNS)
+        note(rows("a compact step beside a plain one", seconds, "compact", "plain", AT_MOST))
     print(f"\nA step of {BATCH} images, bfloat16, {DEVICE}, {count} threads, {clock.__name__}")
     for name, taken in seconds.items():
         step = 1000 * statistics.median(taken)
@@ -121,7 +137,7 @@ def test_a_compact_step_costs_little_more_than_a_plain_one(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_fit_keeps_nine_tenths_of_the_barest_loops_throughput(count: int) -> None:
+def test_fit_keeps_nine_tenths_of_the_barest_loops_throughput(count: int, note: Note) -> None:
     data = load_data("digits")
     data = dataclasses.replace(
         data, train_images=data.train_images[:1280], train_labels=data.train_labels[:1280]
@@ -141,6 +157,7 @@ def test_fit_keeps_nine_tenths_of_the_barest_loops_throughput(count: int) -> Non
 
     with threads(count) as clock:
         seconds = in_turns({"fit": fitted, "barest": barest}, clock, TURNS // 2)
+        note(rows("an epoch of `fit` beside the barest loop", seconds, "fit", "barest", 1 / 0.9))
     print(f"\nAn epoch of {len(labels)} images, bfloat16, {DEVICE}, {count} threads")
     for name, taken in seconds.items():
         rate = len(labels) / statistics.median(taken)
