@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count
 from .losses import fools, margin
+from .norms import per_image
 
 # Our choice, the paper's is almost 1: s in x = 1/2 + tanh(s·w)/2s. Where s is 1, pixels at 0 and 1
 # lie where tanh is flat and hardly move. On 200 MNIST images (c = 10, 200 steps of 0.01) 0.9
@@ -108,7 +109,7 @@ def carlini_wagner(
         for _ in range(binary_search_steps):
             x_c, distance = search.nearest(torch.arange(len(rows), device=x.device), c_i)
             nearer = distance < best
-            x_adv[rows] = torch.where(_per_image(nearer), x_c, x_adv[rows])
+            x_adv[rows] = torch.where(per_image(nearer), x_c, x_adv[rows])
             best = torch.minimum(distance, best)
             fooled = distance.isfinite()
             lower, upper = torch.where(fooled, lower, c_i), torch.where(fooled, c_i, upper)
@@ -155,9 +156,9 @@ class _Search:
             squared = (x_t - x).square().sum(dim=(1, 2, 3))
             nearer = at & (squared < best)
             best = torch.where(nearer, squared, best)
-            x_best = torch.where(_per_image(nearer), x_t, x_best)
+            x_best = torch.where(per_image(nearer), x_t, x_best)
 
-            gradient = (2 * (x_t - x) + _per_image(c) * slope) * (1 - tanh.square()) / 2
+            gradient = (2 * (x_t - x) + per_image(c) * slope) * (1 - tanh.square()) / 2
             m, v = m.lerp(gradient, 1 - BETA_1), v.lerp(gradient.square(), 1 - BETA_2)
             m_hat, v_hat = m / (1 - BETA_1**t), v / (1 - BETA_2**t)
             w = w - self.learning_rate * m_hat / (v_hat.sqrt() + EPSILON)
@@ -215,14 +216,10 @@ class _Search:
         low, high = torch.zeros_like(tau), torch.full_like(tau, torch.inf)
         x_c = x.clone()
         for _ in range(LOOKS_AT_SEGMENT):
-            x_tau = (x + _per_image(tau) * delta).clamp(0, 1)
+            x_tau = (x + per_image(tau) * delta).clamp(0, 1)
             reached = self._reaches(self.logits_of.exact(x_tau), rows)
-            x_c = torch.where(_per_image(reached), x_tau, x_c)
+            x_c = torch.where(per_image(reached), x_tau, x_c)
             low, high = torch.where(reached, low, tau), torch.where(reached, tau, high)
             tau = torch.where(high.isfinite(), (low + high) / 2, 1.02 * tau)
         distance = (x_c - x).flatten(1).norm(dim=1)
         return x_c, torch.where(high.isfinite(), distance, torch.inf)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]

@@ -58,13 +58,13 @@ class Forward:
         """Asked once, at the end: to ask at every step would make a GPU wait at every step."""
         if logits := int(self.nan_logits):
             raise ValueError(
-                f"the model returned NaN logits for {logits} of the images, which would count as "
-                "robust: repair the model first"
+                f"the model returned NaN logits for {logits} of the images shown, which would count "
+                "as robust: repair the model first"
             )
         if gradients := int(self.nan_gradients):
             raise ValueError(
-                f"the gradient is NaN for {gradients} of the images, which would count as robust: "
-                "look for sqrt, norm or division at zero in the model"
+                f"the gradient is NaN for {gradients} of the images shown, which would count as "
+                "robust: look for sqrt, norm or division at zero in the model"
             )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count, relative_norm
 from .losses import fools
+from .norms import per_image
 
 # Our choice: at a tie, or close to a boundary that bends away, a shorter step would get lost in the
 # rounding of the image. (The authors' code adds 1e-4 to every |f_k|.)
@@ -131,13 +132,9 @@ def _to_nearest_boundary(
         w_k = logits_of.gradient(f_k - f_0, x_g, keep_graph=True)
         slope = torch.linalg.vector_norm(w_k, dim=(1, 2, 3), dtype=torch.float64)
         distance = (f_k - f_0).detach().abs() / slope
-        r_k = w_k / _per_image(slope) * _per_image(distance.clamp(min=SHORTEST_STEP))
+        r_k = w_k / per_image(slope) * per_image(distance.clamp(min=SHORTEST_STEP))
         nearer = distance < shortest[graph]
-        r_i[graph] = torch.where(_per_image(nearer), r_k.to(r_i.dtype), r_i[graph])
+        r_i[graph] = torch.where(per_image(nearer), r_k.to(r_i.dtype), r_i[graph])
         shortest[graph] = torch.where(nearer, distance, shortest[graph])
         slopes[graph, k] = slope
     return r_i
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count, generator_for
 from .losses import Objective, PerImageLoss, fooled_at, fools, objective
+from .norms import per_image
 
 
 def fgsm(
@@ -227,7 +228,7 @@ class _Ascent:
                 return
             value, fooled = self._look(x_t.requires_grad_(t < steps), rows, last=t == steps)
             reached = torch.where(fooled, torch.inf, value.detach().to(height))
-            higher = _per_image(reached > height[rows])
+            higher = per_image(reached > height[rows])
             x_adv[rows] = torch.where(higher, x_t.detach(), x_adv[rows])
             height[rows] = torch.maximum(reached, height[rows])
             if t < steps:
@@ -258,7 +259,3 @@ def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
 def _unit_l1(gradient: Tensor) -> Tensor:
     norm = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
     return gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]

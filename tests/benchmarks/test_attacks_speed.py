@@ -117,6 +117,7 @@ def test_carlini_wagner(name: str, benchmark: Any, note: Note) -> None:
     ours = partial(
         attacks.carlini_wagner, c=10, binary_search_steps=1, steps=200, learning_rate=0.01
     )
+    half = partial(ours, steps=100)
     adv_lib = adv_lib_attack(
         "carlini_wagner_l2", initial_const=10.0, binary_search_steps=1, max_iterations=200
     )
@@ -133,7 +134,7 @@ def test_carlini_wagner(name: str, benchmark: Any, note: Note) -> None:
     }
     contest = Contest(
         "C&W",
-        in_both(ours=ours),
+        in_both(ours=ours) | {"ours, 100 steps": half, "ours, 100 steps, bf16": rounded(half)},
         theirs,
         at_most=0.5,
         gradients=200,
