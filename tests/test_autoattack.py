@@ -140,7 +140,7 @@ def test_more_restarts_of_apgd_fool_no_fewer() -> None:
 
 
 @both_norms
-@pytest.mark.parametrize("num_classes", [2, 3, 30])
+@pytest.mark.parametrize("num_classes", [2, 3, 12])
 def test_fab_reaches_the_nearest_boundary_of_a_linear_model(norm: str, num_classes: int) -> None:
     model, x = Linear(64, num_classes, scale=0.1), images(8, low=0.4, high=0.6)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_fab_reaches_the_nearest_boundary_of_a_linear_model(norm: str, num_class
     dual = w.abs().sum(dim=2) if norm == "linf" else w.norm(dim=2)
     gaps = (z.gather(1, y[:, None]) - z) / dual
     closest = gaps.scatter(1, y[:, None], torch.inf).amin(dim=1)
-    found = fab(model, x, y, norm=norm, steps=40, targets=29)
+    found = fab(model, x, y, norm=norm, steps=15, targets=11)
     assert (predicted(model, found) != y).all()
     distance = size(found - x, norm)
     assert (distance >= closest * (1 - 1e-9)).all()

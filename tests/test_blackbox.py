@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from defenses.attacks import fgsm, pgd
-from defenses.attacks.blackbox import HALVED_AT, _bump, _eta, _moved_mass, _square, square
+from defenses.attacks.blackbox import HALVED_AT, _bump, _eta, _moved_mass, square, square_search
 from defenses.attacks.losses import margin
 from defenses.attacks.substitute import train_substitute
 from defenses.data import load_data, to_float
@@ -41,7 +41,7 @@ def counted(
 ) -> tuple[Tensor, Tensor]:
     how: dict[str, Any] = {"p_init": 0.8, "schedule": None, "eps": EPS[norm]} | options
     how.setdefault("generator", torch.Generator().manual_seed(0))
-    return _square(model, x, y, norm=norm, queries=queries, **how)
+    return square_search(model, x, y, norm=norm, queries=queries, **how)
 
 
 # Square against what is known in closed form

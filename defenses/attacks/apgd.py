@@ -126,8 +126,8 @@ def ascend(
     halve_at = checkpoints(steps)
     x_t = x_old = x_max = start[rows]
     g = g_max = torch.zeros_like(x_t)
-    f = f_max = f_checked = state.height.new_full(rows.shape, -torch.inf)
-    eta = torch.full_like(f, 2 * eps)
+    f_max = f_checked = state.height.new_full(rows.shape, -torch.inf)
+    f, eta = torch.full_like(f_max, torch.inf), torch.full_like(f_max, 2 * eps)
     rises, halved = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
     for k in range(steps + 1):
         if not len(rows):
@@ -164,13 +164,9 @@ def ascend(
             rises, halved, f_checked = torch.zeros_like(rises), stuck, f_max
         left = (~fooled).nonzero().squeeze(1)
         if len(left) < len(rows):
-            rows, x_t, x_old, x_max, g, g_max, f, f_max, f_checked, eta, rises, halved = (
-                s[left]
-                for s in (
-                    *(rows, x_t, x_old, x_max, g, g_max),
-                    *(f, f_max, f_checked, eta, rises, halved),
-                )
-            )
+            x_t, x_old, x_max, g, g_max = (s[left] for s in (x_t, x_old, x_max, g, g_max))
+            f, f_max, f_checked, eta = (s[left] for s in (f, f_max, f_checked, eta))
+            rows, rises, halved = rows[left], rises[left], halved[left]
         x_0 = x[rows]
         z = project(x_t + per_image(eta) * steepest(g, norm), x_0, eps, norm)
         a = MOMENTUM if k else 1.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .apgd import Progress, ascend
-from .blackbox import _square
+from .blackbox import square_search
 from .contract import Forward, attacking, check_count
 from .expectation import Expectation
 from .fab import runners_up, walk
@@ -150,7 +150,7 @@ def _attack(
     found, classes = Progress.of(x, fools(logits, y)), logits.shape[1]
     targets = runners_up(logits, y, TARGETS).unbind(dim=1)
     if name == "square":
-        x_best, queries = _square(model, x, y, eps, norm, QUERIES, P_INIT, SCHEDULE, draw)
+        x_best, queries = square_search(model, x, y, eps, norm, QUERIES, P_INIT, SCHEDULE, draw)
         fooled = fools(logits_of.exact(x_best), y)
         found = Progress(x_best, torch.where(fooled, torch.inf, -torch.inf), queries)
     elif name == "fab-t":

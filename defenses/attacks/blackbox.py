@@ -76,10 +76,10 @@ def square(
         For images, labels, options or a model that break the above, each with the remedy.
     """
     draw = generator_for(x, seed, generator)
-    return _square(model, x, y, eps, norm, queries, p_init, schedule, draw)[0]
+    return square_search(model, x, y, eps, norm, queries, p_init, schedule, draw)[0]
 
 
-def _square(
+def square_search(
     model: nn.Module,
     x: Tensor,
     y: Tensor,

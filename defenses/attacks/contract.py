@@ -58,8 +58,8 @@ class Forward:
         """Asked once, at the end: to ask at every step would make a GPU wait at every step."""
         if logits := int(self.nan_logits):
             raise ValueError(
-                f"the model returned NaN logits for {logits} of the images shown, which would count "
-                "as robust: repair the model first"
+                f"the model returned NaN logits for {logits} of the images shown, which would "
+                "count as robust: repair the model first"
             )
         if gradients := int(self.nan_gradients):
             raise ValueError(
