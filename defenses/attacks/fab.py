@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .apgd import Progress
 from .contract import Forward, attacking, check_count
-from .losses import fools
+from .losses import LEAD, fools
 from .norms import check_norm, per_image, size
 
 ALPHA_MAX = 0.1  # the strongest pull towards the original image
@@ -98,6 +98,7 @@ def walk(
         x_0, label = x[rows], y[rows]
         logits = logits_of(x_i.requires_grad_())
         f = (_at(logits, target[rows]) - _at(logits, label)).squeeze(1)
+        f = f - 2 * LEAD * torch.finfo(f.dtype).eps * logits.detach().abs().amax(dim=1)  # beyond
         w = logits_of.gradient(f, x_i)
         state.spent[rows] += 1
         x_i, f = x_i.detach(), f.detach().to(x)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .contract import Forward
 
+LEAD = 64  # units in the last place by which a wrong class must lead; see `fools`
+
 PerImageLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Objective = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -68,14 +70,14 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 def fools(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
     """Whether each image is misclassified or, with a target, classified as that; bool (N,).
 
-    The deciding logits must differ by more than 64 units in the last place, because the same
+    The deciding logits must differ by more than `LEAD` units in the last place, because the same
     image in a batch of another size gets logits that differ by a few: what an attack counts as
     fooling must still fool when it is judged elsewhere.
     """
     label = y if target is None else target
     others, own = _others(logits, label).amax(dim=1), _at(logits, label)
     ahead, behind = (others, own) if target is None else (own, others)
-    return ahead - behind > 64 * torch.finfo(logits.dtype).eps * ahead.abs()
+    return ahead - behind > LEAD * torch.finfo(logits.dtype).eps * ahead.abs()
 
 
 @torch.no_grad()
