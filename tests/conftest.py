@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from defenses.data import batches, load_data, to_float
 from tests.measurements import CHAPTER, PAPER
 
 
@@ -31,3 +33,33 @@ def store(tmp_path: Path) -> Path:
     (tmp_path / "paper").mkdir()
     shutil.copy(PAPER / f"{CHAPTER}.csv", tmp_path / "paper")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def victim() -> tuple[nn.Module, Tensor, Tensor]:
+    """A trained network with the first 100 test images that it classifies correctly."""
+    data = load_data("digits")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(800, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+        order = torch.Generator().manual_seed(0)
+        for _ in range(8):
+            for x, y in batches(*data.train, 64, order):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    model.eval()
+    x, y = to_float(data.test[0]).contiguous(), data.test[1]
+    right = (model(x).argmax(dim=1) == y).nonzero().squeeze(1)[:100]
+    assert len(right) == 100
+    return model, x[right], y[right]

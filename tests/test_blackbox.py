@@ -29,7 +29,7 @@ from tests.test_attacks import (
     net,
     predicted,
 )
-from tests.test_peers import left, torchattacks_attack, victim  # noqa: F401
+from tests.test_peers import left, torchattacks_attack
 
 NORMS = ("linf", "l2")
 every_norm = pytest.mark.parametrize("norm", NORMS)
@@ -373,7 +373,7 @@ def test_bad_options_get_an_error_that_helps() -> None:
 
 @pytest.mark.peers
 @pytest.mark.parametrize(("norm", "theirs", "eps"), [("linf", "Linf", 0.15), ("l2", "L2", 2.0)])
-def test_square_leaves_no_more_accuracy_than_torchattacks(norm, theirs, eps, victim) -> None:  # noqa: F811
+def test_square_leaves_no_more_accuracy_than_torchattacks(norm, theirs, eps, victim) -> None:
     """At equal queries and schedule, over two seeds, within the 95% interval of theirs."""
     queries = 100
     model, x, y = victim
@@ -469,7 +469,7 @@ def test_the_substitute_trains_in_train_mode_and_is_asked_in_eval_mode() -> None
     assert modes.count((True, False)) == 3 and modes.count((False, True)) == 2
 
 
-def test_images_that_fool_the_substitute_fool_the_oracle_more_than_noise(victim) -> None:  # noqa: F811
+def test_images_that_fool_the_substitute_fool_the_oracle_more_than_noise(victim) -> None:
     oracle, x, y = victim
     data = load_data("digits")
     held = to_float(data.train_images[::29]).contiguous()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from defenses.attacks.carlini_wagner import carlini_wagner
 from defenses.attacks.contract import Forward
 from defenses.attacks.losses import margin
-from defenses.data import batches, load_data, to_float
 from defenses.evaluation import NORMAL_975
 from tests.test_attacks import (
     DEVICES,
@@ -416,29 +415,6 @@ def test_a_descent_that_rounding_ended_is_repeated_exactly() -> None:
 BUDGET: dict[str, Any] = {"c": 10.0, "binary_search_steps": 1, "steps": 60, "learning_rate": 0.01}
 
 
-@pytest.fixture(scope="module")
-def victim() -> tuple[nn.Module, Tensor, Tensor]:
-    """A network trained on the digits, with 30 images that it classifies correctly."""
-    data = load_data("digits")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            *(nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(800, 64), nn.ReLU(), nn.Linear(64, 10)),
-        )
-        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-        order = torch.Generator().manual_seed(0)
-        for _ in range(6):
-            for x, y in batches(*data.train, 64, order):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
-                optimizer.step()
-    model.eval()
-    x, y = to_float(data.test[0]).contiguous(), data.test[1]
-    right = (predicted(model, x) == y).nonzero().squeeze(1)[:30]
-    return model, x[right], y[right]
-
-
 def foolbox_cw(model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     foolbox = pytest.importorskip("foolbox")
     attack = foolbox.attacks.L2CarliniWagnerAttack(
@@ -482,7 +458,7 @@ def test_no_peer_fools_more_or_from_nearer(
     peer: Callable[..., Tensor], second: bool, victim: tuple[nn.Module, Tensor, Tensor]
 ) -> None:
     """Mean L2 over the images that both fool, within the 95% noise of the paired difference."""
-    model, x, y = victim
+    model, x, y = victim[0], victim[1][:30], victim[2][:30]
     target = model(x).topk(2, dim=1).indices[:, 1] if second else None
     ours = carlini_wagner(model, x, y, **BUDGET, target="second" if second else None)
     theirs = peer(model, x, y, target)
@@ -501,7 +477,7 @@ def test_no_peer_fools_more_or_from_nearer(
 def test_torchattacks_freezes_black_pixels_and_negative_logits_where_ours_does_not(
     victim: tuple[nn.Module, Tensor, Tensor],
 ) -> None:
-    model, x, y = victim
+    model, x, y = victim[0], victim[1][:30], victim[2][:30]
     ours, theirs = (
         attack(model, x, y)
         for attack in (partial(carlini_wagner, **BUDGET), partial(torchattacks_cw, target=None))
