@@ -245,7 +245,7 @@ def coverage(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     counts = table.size().to_frame("cells")
     for protocol in PROTOCOLS:
         counts[protocol] = table["protocol"].agg(lambda given, p=protocol: int((given == p).sum()))
-    counts["empty"] = counts["cells"] - counts[PROTOCOLS].sum(axis=1)
+    counts["empty"] = (counts["cells"] - counts[PROTOCOLS].sum(axis=1)).astype(int)
     counts["datasets"] = table["dataset"].agg(
         lambda names: ", ".join(f"{name} {count}" for name, count in names.value_counts().items())
     )
