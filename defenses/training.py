@@ -175,7 +175,7 @@ def step_seconds(
 def _step(
     model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> Tensor:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
+    with rounded(x.device):
         value = loss(model, x, y)
     optimizer.zero_grad()
     value.backward()
@@ -183,11 +183,13 @@ def _step(
     return value.detach()
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16 itself, so that autocast to it pays."""
+def rounded(device: torch.device | str) -> torch.autocast:
+    """Autocast to bfloat16 where `device` computes in it itself; elsewhere it changes nothing."""
+    device = torch.device(device)
+    pays = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        pays = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
 def _save(path: str | Path, run: dict, parts: dict, history: list) -> None:
