@@ -101,7 +101,7 @@ def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple
     ours, interval, mark = "–", "", marks.get((cell.protocol, cell.dataset), "")
     if not math.isnan(cell.value):
         ours = f"{cell.value:.{digits}f}"
-    if not math.isnan(cell.ci_low):
+    if cell.ci_low < cell.ci_high:
         interval = f"{cell.ci_low:.{digits}f}–{cell.ci_high:.{digits}f}"
     html = [f'<b class="ours">{ours}</b>' + (f"<sup>{mark}</sup>" if mark else "")]
     html += [f'<small class="interval">{interval}</small>'] if interval else []

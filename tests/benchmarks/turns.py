@@ -26,6 +26,7 @@ from defenses.adversarial import adversarial
 from defenses.attacks import pgd
 from defenses.attacks.losses import cross_entropy
 from defenses.data import load_data, to_float
+from defenses.evaluation import wilson
 from defenses.models import mnist_compact
 from defenses.results import measure
 from defenses.training import fit
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAINED = {"undefended": "SM", "adversarially trained": "PGD-trained"}  # in runs/mnist-short-0
 LIBRARIES = ["foolbox", "torchattacks", "adversarial-robustness-toolbox", "adv-lib"]
-WITHIN = 0.01  # as strong: at most one image in a hundred more left, at most 1% farther away
+WITHIN = 0.01  # as strong: at most 1% farther away, and no more left than the interval allows
 Attacked = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -114,7 +115,8 @@ class Standing:
     def no_weaker_than(self, other: "Standing", *, minimal: bool) -> bool:
         """Whether as many images fell and, for a minimal-norm attack, to changes as small."""
         farther = minimal and self.beside(other) > 1 + WITHIN
-        return self.left <= other.left + WITHIN + 1e-6 and not farther
+        n = len(other.fooled)
+        return self.left <= wilson(n - int(other.fooled.sum()), n)[1] + 1e-6 and not farther
 
 
 @dataclass(frozen=True)
