@@ -47,8 +47,8 @@ def test_an_attack_is_weaker_if_it_leaves_more_or_moves_farther() -> None:
     assert ours.no_weaker_than(standing(1, [0.995] * 100), minimal=True)
     assert not ours.no_weaker_than(standing(1, [0.98] * 100), minimal=True)
     assert ours.no_weaker_than(standing(1, [0.98] * 100), minimal=False)
-    assert standing(1, [1.0] * 99 + [0.0]).no_weaker_than(ours, minimal=True)
-    assert not standing(1, [1.0] * 98 + [0.0] * 2).no_weaker_than(ours, minimal=True)
+    assert standing(1, [1.0] * 97 + [0.0] * 3).no_weaker_than(ours, minimal=True)  # noise
+    assert not standing(1, [1.0] * 95 + [0.0] * 5).no_weaker_than(ours, minimal=True)
 
 
 def test_the_ratio_is_to_the_fastest_peer_as_it_comes() -> None:
@@ -59,10 +59,11 @@ def test_the_ratio_is_to_the_fastest_peer_as_it_comes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "message"), [((3, [1.0] * 4), "at most 0.5"), ((1, [1.0, 0.0, 1.0, 1.0]), "weaker")]
+    ("ours", "message"), [((3, [1.0] * 4), "at most 0.5"), ((1, [1.0, 0.0] * 2), "weaker")]
 )
 def test_too_slow_or_too_weak_fails(ours: tuple[float, list[float]], message: str) -> None:
-    table = {"ours": standing(*ours), "A": standing(4, [1.0] * 4)}
+    seconds, size = ours
+    table = {"ours": standing(seconds, size * 25), "A": standing(4, [1.0] * 100)}
     with pytest.raises(AssertionError, match=message):
         contest(A=None).check(table)
 
