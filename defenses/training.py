@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import math
-import os
 import statistics
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from defenses.checkpoint import REMEDY, load, save
 from defenses.data import ImageData, batches
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -193,40 +191,18 @@ def rounded(device: torch.device | str) -> torch.autocast:
 
 
 def _save(path: str | Path, run: dict, parts: dict, history: list) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     states = {name: part.state_dict() for name, part in parts.items()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save({"run": run, "history": history, "states": states}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # there only if the disk is full
+    save(path, {"run": run, "history": history, "states": states})
 
 
 def _resume(path: str | Path, run: dict, parts: dict, epochs: int) -> list:
-    path = Path(path)
-    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
-        partial.unlink(missing_ok=True)  # left by a run that was killed while it wrote
-    if not path.exists():
+    found = load(path, run, ["history", "states"])
+    if found is None:
         return []
-    remedy = "delete it to start anew, or name another"
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} is damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        stored, history, states = dict(saved["run"]), list(saved["history"]), dict(saved["states"])
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint; {remedy}") from error
-    changed = [f"{k} was {v}, is {run.get(k)}" for k, v in stored.items() if v != run.get(k)]
+    history, states = found
     if len(history) > epochs:
-        changed.append(f"{len(history)} epochs are done, {epochs} asked for")
-    if changed:
-        raise ValueError(f"{path} belongs to another run ({'; '.join(changed)}); {remedy}")
+        done = f"{len(history)} epochs are done, {epochs} asked for"
+        raise ValueError(f"{path} belongs to another run ({done}); {REMEDY}")
     try:
         shapes = [
             {name: weight.shape for name, weight in weights.items()}
@@ -238,6 +214,6 @@ def _resume(path: str | Path, run: dict, parts: dict, epochs: int) -> list:
             part.load_state_dict(states[name])
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{path} was written for another model or optimizer; {remedy}: {error}"
+            f"{path} was written for another model or optimizer; {REMEDY}: {error}"
         ) from error
-    return history
+    return list(history)

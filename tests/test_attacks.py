@@ -38,6 +38,8 @@ from defenses.attacks.losses import (
     log_odds,
     margin,
 )
+from defenses.attacks.norms import NORMS
+from defenses.attacks.norms import size as size_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -219,7 +221,7 @@ def test_a_targeted_attack_ends_at_its_target(loss: str) -> None:
 # What is returned
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 9),
     channels=st.sampled_from([1, 3]),
@@ -227,7 +229,8 @@ def test_a_targeted_attack_ends_at_its_target(loss: str) -> None:
     num_classes=st.sampled_from([2, 3, 10, 1000]),
     eps=st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0, 2.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
-    name=st.sampled_from(["fgsm", "bim", "mim", "pgd"]),
+    name=st.sampled_from(["fgsm", "bim", "mim", "pgd", "apgd", "square"]),
+    norm=st.sampled_from(NORMS),
     seed=st.integers(0, 99),
 )
 def test_nothing_leaves_the_ball_or_the_range(
@@ -238,9 +241,13 @@ def test_nothing_leaves_the_ball_or_the_range(
     eps: float,
     dtype: torch.dtype,
     name: str,
+    norm: str,
     seed: int,
 ) -> None:
+    """On a model that is fooled on the way, and on one that never is."""
     model = Linear(channels * size**2, num_classes, seed=seed).to(dtype)
+    if seed % 2:
+        hard_to_fool(model)
     x = images(n, channels, size, low=-0.5, high=1.5, seed=seed).clamp(0, 1).to(dtype)
     y = torch.arange(n) % num_classes
     attack: Attack = {
@@ -248,6 +255,8 @@ def test_nothing_leaves_the_ball_or_the_range(
         "bim": partial(bim, eps=eps, step_size=eps / 3, steps=4),
         "mim": partial(mim, eps=eps, step_size=eps / 3, steps=4),
         "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=4, restarts=2, seed=seed),
+        "apgd": partial(apgd, eps=eps, norm=norm, steps=6, seed=seed),
+        "square": partial(square, eps=eps, norm=norm, queries=30, seed=seed),
     }[name]
     before = x.clone()
     x_adv = attack(model, x, y)
@@ -255,7 +264,11 @@ def test_nothing_leaves_the_ball_or_the_range(
     assert not x_adv.requires_grad
     assert torch.equal(x, before)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
-    assert (x_adv.double() - x.double()).abs().max() <= eps + 1e-7
+    delta = x_adv.double() - x.double()
+    if name in ("apgd", "square") and norm == "l2":
+        assert size_of(delta, "l2").max() <= eps * (1 + 1e-5) + 1e-7 * delta[0].numel() ** 0.5
+    else:
+        assert delta.abs().max() <= eps + 1e-7
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "random" not in name])

@@ -107,6 +107,28 @@ def test_the_checkpoints_are_those_of_the_paper() -> None:
     assert checkpoints(1) == [1]
 
 
+@pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False)])
+def test_the_step_is_halved_where_less_than_three_quarters_of_the_steps_rose(
+    rises: int, halved: bool
+) -> None:
+    """Of the 22 steps before the first checkpoint; the loss and its slope follow a script."""
+    heights = [0.0] + [-1.0] * (22 - rises) + [float(k) for k in range(1, rises + 1)] + [0.0] * 80
+    seen: list[float] = []
+
+    def script(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        k = len(seen)
+        seen.append(float(x.detach().mean()))
+        slope = 1 if k < 22 else -1  # up to the wall of the ball, then one step back
+        return heights[k] + slope * (x - x.detach()).sum(dim=(1, 2, 3))
+
+    constant = Written(lambda x: torch.stack([1 + 0 * x.sum((1, 2, 3)), 0 * x.sum((1, 2, 3))], 1))
+    x, y = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    apgd(constant, x, y, eps=0.2, loss=script, seed=0)
+    assert seen[21:23] == pytest.approx([0.7, 0.7])
+    eta = 0.2 if halved else 0.4  # the momentum takes three quarters of the step
+    assert seen[23] == pytest.approx(0.7 - 0.75 * eta)
+
+
 def test_apgd_in_l2_ends_at_the_point_of_the_sphere_along_w() -> None:
     model, x = hard_to_fool(Linear(64, 2)), images(20, low=0.4, high=0.6)
     w = (model.layer.weight[1] - model.layer.weight[0]).detach().view(1, 1, 8, 8)
@@ -270,8 +292,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, short: None) -> 
         attack(model, x, y, eps=0.02)
     with pytest.raises(ValueError, match=r"another run .*inputs"):
         attack(net(seed=1), x, y, eps=0.01)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"run\.pt is no checkpoint"):
+    whole = file.read_bytes()
+    place = len(whole) // 2  # one byte in the middle of a tensor, where torch.load does not look
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=r"run\.pt is not a readable checkpoint"):
+        attack(model, x, y, eps=0.01)
+    file.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"run\.pt is not a readable checkpoint"):
         attack(model, x, y, eps=0.01)
 
 

@@ -6,7 +6,6 @@ difference of logits ratio, FAB-T, and Square, which sees no gradient.
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import load, save
 from .apgd import Progress, ascend
 from .blackbox import square_search
 from .contract import Forward, attacking, check_count
 from .expectation import Expectation
-from .fab import runners_up, walk
-from .losses import fools, objective
+from .fab import walk
+from .losses import fools, objective, runners_up
 from .norms import check_ball, per_image, random_point
 
 # The budgets of the authors' standard version, and of that for models that draw.
@@ -117,7 +117,7 @@ def autoattack_report(
         done = _begin(x, len(attacks))
         if checkpoint is not None:
             run["inputs"] = _digest([x, y, *model.state_dict().values()])
-            done = _resumed(Path(checkpoint), run, done)
+            done = _resumed(checkpoint, run, done)
         stages = itertools.product(range(0, len(x), batch_size), range(len(attacks)))
         for stage, (first, k) in enumerate(stages):
             if stage < done["stage"]:
@@ -131,7 +131,7 @@ def autoattack_report(
             done["queries" if attacks[k] == "square" else "gradients"][rows] += found.spent
             done["stage"] = stage + 1
             if checkpoint is not None:
-                _save(Path(checkpoint), run, done)
+                save(checkpoint, {"run": run, "done": done})
     broken_by = [(*attacks, "")[k] for k in done["broken_by"].tolist()]
     return Report(done["x_adv"], broken_by, done["gradients"].cpu(), done["queries"].cpu())
 
@@ -182,30 +182,19 @@ def _begin(x: Tensor, unbroken: int) -> dict[str, Any]:
     }
 
 
-def _resumed(file: Path, run: dict[str, Any], begin: dict[str, Any]) -> dict[str, Any]:
-    if not file.exists():
+def _resumed(file: str | Path, run: dict[str, Any], begin: dict[str, Any]) -> dict[str, Any]:
+    saved = load(file, run, ["done"])
+    if saved is None:
         return begin
-    try:
-        saved = torch.load(file, map_location=begin["x_adv"].device, weights_only=True)
-        found, done = saved["run"], saved["done"]
-    except Exception as error:
-        raise ValueError(f"{file} is no checkpoint of autoattack: delete it to start") from error
-    if found != run:
-        other = [name for name in run if found.get(name) != run[name]]
-        raise ValueError(f"{file} is of another run ({', '.join(other)} differ): name another file")
-    return done
-
-
-def _save(file: Path, run: dict[str, Any], done: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    torch.save({"run": run, "done": done}, partial)
-    partial.replace(file)
+    device = begin["x_adv"].device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved[0].items()}
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:16]

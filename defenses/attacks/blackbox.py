@@ -43,12 +43,8 @@ def square(
 
     Parameters
     ----------
-    model : nn.Module
-        Maps images in [0, 1] to logits (N, K); normalizes inside; need not be differentiable.
-    x : Tensor
-        Images (N, C, H, W), float32 or float64, in [0, 1].
-    y : Tensor
-        Labels int64 (N,).
+    model, x, y
+        As in `defenses.attacks.fgsm`; the model need not be differentiable.
     eps : float
         Radius of the ball, in units of pixels in [0, 1].
     norm : str

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count
-from .losses import fools, margin
+from .losses import fools, margin, runners_up
 from .norms import per_image
 
 # Our choice, the paper's is almost 1: s in x = 1/2 + tanh(s·w)/2s. Where s is 1, pixels at 0 and 1
@@ -52,12 +52,8 @@ def carlini_wagner(
 
     Parameters
     ----------
-    model : nn.Module
-        Maps images in [0, 1] to logits (N, K); normalizes inside.
-    x : Tensor
-        Images (N, C, H, W), float32 or float64, in [0, 1].
-    y : Tensor
-        Labels int64 (N,).
+    model, x, y
+        As in `defenses.attacks.fgsm`.
     c : float
         Weight of f against the squared distance; where the search starts.
     binary_search_steps : int
@@ -99,7 +95,7 @@ def carlini_wagner(
             return x_adv
         logits = logits_of.exact(x_adv)
         if isinstance(target, str):
-            goal = logits.scatter(1, y[:, None], -torch.inf).argmax(dim=1)
+            goal = runners_up(logits, y, 1).squeeze(1)
         rows = (~fools(logits, y, goal)).nonzero().squeeze(1)
         label, sign = (y[rows], 1.0) if goal is None else (goal[rows], -1.0)
         search = _Search(logits_of, x_adv[rows], label, sign, kappa, steps, learning_rate)

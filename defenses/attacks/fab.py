@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .apgd import Progress
 from .contract import Forward, attacking, check_count
-from .losses import LEAD, fools
+from .losses import LEAD, fools, lead, runners_up
 from .norms import check_norm, per_image, size
 
 ALPHA_MAX = 0.1  # the strongest pull towards the original image
@@ -73,12 +73,6 @@ def fab(
         return torch.where(per_image(enough), state.x_adv, x)
 
 
-def runners_up(logits: Tensor, y: Tensor, count: int) -> Tensor:
-    """The `count` highest classes other than `y`, or all of them, the highest first; (N, ≤ K−1)."""
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
-
-
 def walk(
     logits_of: Forward,
     x: Tensor,
@@ -97,7 +91,7 @@ def walk(
             return
         x_0, label = x[rows], y[rows]
         logits = logits_of(x_i.requires_grad_())
-        f = (_at(logits, target[rows]) - _at(logits, label)).squeeze(1)
+        f = lead(logits, label, target[rows])
         f = f - 2 * LEAD * torch.finfo(f.dtype).eps * logits.detach().abs().amax(dim=1)  # beyond
         w = logits_of.gradient(f, x_i)
         state.spent[rows] += 1
@@ -142,7 +136,3 @@ def to_hyperplane(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
     t = (c.abs()[:, None] - ended.gather(1, piece)) / slope
     t = t.nan_to_num(nan=0.0, posinf=torch.finfo(t.dtype).max).clamp(min=0)
     return (direction * torch.minimum(t * speed, room)).view(shape)
-
-
-def _at(logits: Tensor, classes: Tensor) -> Tensor:
-    return logits.gather(1, classes[:, None])

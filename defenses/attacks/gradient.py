@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count, generator_for
 from .losses import Objective, PerImageLoss, fooled_at, fools, objective
-from .norms import per_image
+from .norms import check_ball, per_image, random_point
 
 
 def fgsm(
@@ -152,7 +152,9 @@ def pgd(
     ValueError
         For images, labels, a budget or a model that break the above, each with the remedy.
     """
-    draw = partial(_uniform, generator=generator_for(x, seed, generator)) if random_start else None
+    draw = None
+    if random_start:
+        draw = partial(random_point, norm="linf", generator=generator_for(x, seed, generator))
     return _attack(
         model, x, y, target, loss, eps, step_size, steps, 0.0, draw, restarts, early_stop
     )
@@ -168,14 +170,13 @@ def _attack(
     step_size: float,
     steps: int,
     decay: float = 0.0,
-    draw: Callable[[Tensor], Tensor] | None = None,
+    draw: Callable[[Tensor, float], Tensor] | None = None,
     restarts: int = 1,
     early_stop: bool = True,
 ) -> Tensor:
     check_count("steps", steps)
     check_count("restarts", restarts)
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, expected a radius >= 0 in units of pixels in [0, 1]")
+    check_ball(eps, "linf")
     if not (step_size > 0 or step_size == eps == 0):
         raise ValueError(f"step_size is {step_size}, expected > 0")
     if restarts > 1 and not (draw and early_stop):
@@ -189,7 +190,7 @@ def _attack(
         lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
         climb = objective(model, logits_of, loss)
         ascent = _Ascent(logits_of, climb, y, target, lower, upper, step_size, decay)
-        starts = ((x + eps * draw(x)).clamp(lower, upper) if draw else x for _ in range(restarts))
+        starts = (draw(x, eps) if draw else x for _ in range(restarts))
         if not early_stop:
             return ascent.last_iterate(next(starts), steps)
         x_adv = x.clone()
@@ -250,10 +251,6 @@ class _Ascent:
         g = gradient if self.decay == 0 else self.decay * g + _unit_l1(gradient)
         x_next = x_t + self.step_size * g.sign()
         return x_next.clamp(self.lower[rows], self.upper[rows]), g
-
-
-def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) - 1
 
 
 def _unit_l1(gradient: Tensor) -> Tensor:

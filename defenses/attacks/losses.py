@@ -63,8 +63,7 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         With fewer than 4 classes: there is no fourth logit.
     """
     top = _top(logits, 4)
-    ratio = _at(logits, target) - _at(logits, y)
-    return ratio / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
+    return lead(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
 
 
 def fools(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
@@ -96,6 +95,16 @@ def fooled_at(
             goal = None if target is None else target[rows]
             fooled[rows] = fools(logits_of.exact(x[rows]), y[rows], goal)
     return fooled
+
+
+def lead(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """z_t − z_y: positive where the target is ahead."""
+    return _at(logits, target) - _at(logits, y)
+
+
+def runners_up(logits: Tensor, y: Tensor, count: int) -> Tensor:
+    """The `count` highest classes other than `y`, or all of them, the highest first; (N, ≤ K−1)."""
+    return _others(logits, y).topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
 LOSSES = {"ce": log_odds, "ce_textbook": cross_entropy, "margin": margin, "dlr": dlr}

@@ -44,12 +44,8 @@ def jsma(
 
     Parameters
     ----------
-    model : nn.Module
-        Maps images in [0, 1] to logits (N, K); normalizes inside.
-    x : Tensor
-        Images (N, C, H, W), float32 or float64, in [0, 1]. A pixel is one of the n = C·H·W inputs.
-    y : Tensor
-        Labels int64 (N,).
+    model, x, y
+        As in `defenses.attacks.fgsm`. A pixel is one of the n = C·H·W inputs.
     theta : float
         θ, what is added to a pixel: by the map of Eq. 8 if positive, of Eq. 9 if negative.
     gamma : float

@@ -135,6 +135,7 @@ def test_carlini_wagner(name: str, benchmark: Any, note: Note) -> None:
         attacks.carlini_wagner, c=10, binary_search_steps=1, steps=200, learning_rate=0.01
     )
     half = partial(ours, steps=100)
+    fewer: dict[str, Attacked] = {"ours, 100 steps": half, "ours, 100 steps, bf16": rounded(half)}
     adv_lib = adv_lib_attack(
         "carlini_wagner_l2", initial_const=10.0, binary_search_steps=1, max_iterations=200
     )
@@ -151,8 +152,9 @@ def test_carlini_wagner(name: str, benchmark: Any, note: Note) -> None:
     }
     contest = Contest(
         "C&W",
-        in_both(ours=ours) | {"ours, 100 steps": half, "ours, 100 steps, bf16": rounded(half)},
+        in_both(ours=ours) | fewer,
         theirs,
+        smaller=[*fewer],
         at_most=0.5,
         gradients=200,
         distance="l2",
