@@ -1,5 +1,7 @@
 """The papers' networks: their sizes, their variants, and what they do to an image first."""
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,13 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses.compact import CompactConv2d, CompactLinear
+from defenses.data import load_data
 from defenses.models import (
     BReLU,
+    Center,
     activations,
     cifar_compact,
+    cifar_four_sets,
     local_response_norm,
     mnist_compact,
+    mnist_tutorial,
 )
+from defenses.training import fit
 
 CONVOLUTIONS = ["conv1", "conv2", "conv3", "conv4"]
 LAYERS = [*CONVOLUTIONS, "fc1", "fc2", "fc3"]
@@ -150,6 +157,82 @@ def test_a_variant_has_the_layers_that_it_names() -> None:
 def test_a_variant_that_is_not_one_is_refused(variant: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mnist_compact(**variant)
+
+
+# The networks of Jakubovitz & Giryes (2018)
+
+
+def kinds(model: nn.Sequential) -> list[type[nn.Module]]:
+    return [type(layer) for layer in model]
+
+
+def test_the_tutorial_network_is_that_of_the_tutorial() -> None:
+    model = mnist_tutorial()
+    assert [*parameters(model).values()] == [
+        832,  # 32 filters of 1·5·5, and 32 biases
+        51_264,
+        3_212_288,  # 28 → 14 → 7, so 64·7·7 inputs
+        10_250,
+    ]
+    convolution = [nn.Conv2d, nn.ReLU, nn.MaxPool2d]
+    head = [nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert kinds(model) == [*convolution, *convolution, *head]  # dropout after the first one only
+    assert model[-2].p == 0.5
+    assert mnist_tutorial(7)(images(2)).shape == (2, 7)
+
+
+def test_the_tutorial_network_starts_like_the_tutorials() -> None:
+    torch.manual_seed(0)
+    model = mnist_tutorial()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            assert (weight == 0.1).all()
+        else:
+            assert 0.19 < weight.abs().max() <= 0.2, name
+            cut_off = 0.8796 * 0.1  # the deviation that is left of a normal one cut off at two
+            assert weight.std().item() == pytest.approx(cut_off, rel=0.05), name
+            assert abs(weight.mean().item()) < 0.01, name
+
+
+def test_the_four_sets_are_two_convolutions_a_pool_and_dropout_each() -> None:
+    model = cifar_four_sets(7, widths=(4, 5, 6, 7))
+    a_set = [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Dropout]
+    head = [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+    assert kinds(model) == [Center, *4 * a_set, *head]
+    assert {layer.p for layer in model if isinstance(layer, nn.Dropout)} == {0.25}  # 0.75 are kept
+    widths = [layer.out_channels for layer in model if isinstance(layer, nn.Conv2d)]
+    assert widths == [4, 4, 5, 5, 6, 6, 7, 7]
+    logits = model(images(2, 3, 32))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    fc1 = model.get_parameter("26.weight")
+    assert fc1.std().item() == pytest.approx((2 / fc1.shape[1]) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("make", [mnist_tutorial, cifar_four_sets])
+def test_a_fixed_head_is_orthonormal_and_stays(make: Any) -> None:
+    torch.manual_seed(0)
+    small = {"widths": (2, 2, 2, 2)} if make is cifar_four_sets else {}
+    model = make(fixed_head=True, **small)
+    head = model[-1].weight
+    torch.testing.assert_close(head @ head.T, torch.eye(10), rtol=0.0, atol=1e-5)
+    fixed = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    assert fixed == [f"{len(model) - 1}.weight"]
+    assert all(weight.requires_grad for weight in make(**small).parameters())
+
+
+def test_training_leaves_a_fixed_head_alone() -> None:
+    """Weight decay too: at its default, `fit` would shrink it."""
+    torch.manual_seed(0)
+    model, data = mnist_tutorial(fixed_head=True), load_data("digits")
+    few = dataclasses.replace(
+        data, train_images=data.train_images[:32], train_labels=data.train_labels[:32]
+    )
+    before = copy.deepcopy(model.state_dict())
+    fit(model, few, epochs=1, batch_size=16, progress=False)
+    changed = [n for n, weight in model.state_dict().items() if not torch.equal(weight, before[n])]
+    assert changed == [name for name in before if name != "10.weight"]
 
 
 # Parts
