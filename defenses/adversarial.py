@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from defenses.training import Loss, cross_entropy
@@ -34,5 +35,35 @@ def adversarial(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) 
     def mixture(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         hard = loss(model, attack(model, x, y), y)
         return hard if share == 1 else (1 - share) * loss(model, x, y) + share * hard
+
+    return mixture
+
+
+def mixed_batch(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) -> Loss:
+    """The objective on a batch of which a share is attacked (Jakubovitz & Giryes, 2018, App. C).
+
+    The last ⌊s·N⌋ images of the batch, which `fit` has shuffled, are replaced by what the attack
+    makes of them; the others come first. All of them pass through the model as one batch.
+
+    Parameters
+    ----------
+    attack, share
+        As in `adversarial`; a share of 0 attacks nothing.
+    loss : callable (model, x, y) -> scalar
+        The objective on the whole batch.
+
+    Raises
+    ------
+    ValueError
+        If share lies outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+
+    def mixture(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if count := int(share * len(x) + 1e-9):
+            hard = attack(model, x[-count:], y[-count:])
+            x = torch.cat([x[:-count], hard])
+        return loss(model, x, y)
 
     return mixture

@@ -227,7 +227,7 @@ def robustness(found: Perturbations) -> Robustness:
     ValueError
         Where not one image was fooled.
     """
-    return _mean(found.relative[found.fooled], int((~found.fooled).sum()))
+    return mean_size(found.relative[found.fooled], int((~found.fooled).sum()))
 
 
 def success(found: Perturbations) -> Accuracy:
@@ -245,10 +245,17 @@ def mean_distance(found: Perturbations, measure: str = "l2") -> Robustness:
     """
     right = found.clean_correct
     sizes = getattr(found, measure)[right & found.fooled]
-    return _mean(sizes, int((right & ~found.fooled).sum()))
+    return mean_size(sizes, int((right & ~found.fooled).sum()))
 
 
-def _mean(sizes: Tensor, unfooled: int) -> Robustness:
+def mean_size(sizes: Tensor, unfooled: int = 0) -> Robustness:
+    """The mean of `sizes` (n,) with a normal 95% interval; `unfooled` more have no size.
+
+    Raises
+    ------
+    ValueError
+        Where there is nothing to average.
+    """
     n = len(sizes)
     if not n:
         raise ValueError(f"none of {unfooled} images was fooled: there is no distance to average")

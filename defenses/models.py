@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,66 @@ def compact_network(
             layers["dropout"] = nn.Dropout(dropout)
     layers["fc3"] = linear("fc3", inputs, num_classes)
     return he_initialized(nn.Sequential(layers))
+
+
+def mnist_tutorial(
+    num_classes: int = 10, dropout: float = 0.5, fixed_head: bool = False
+) -> nn.Sequential:
+    """The MNIST network of Jakubovitz & Giryes (2018), from TensorFlow's first tutorial.
+
+    (N, 1, 28, 28) to (N, num_classes). Weights start as the tutorial's: a normal distribution of
+    deviation 0.1 cut off at 0.2, and biases of 0.1. With ``fixed_head`` the last layer's weights
+    are orthonormal and not trained (Appendix A).
+    """
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(7 * 7 * 64, 1024),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(1024, num_classes),
+    )
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
+            nn.init.constant_(cast(Tensor, layer.bias), 0.1)
+    return with_fixed_head(model) if fixed_head else model
+
+
+def cifar_four_sets(
+    num_classes: int = 10,
+    widths: tuple[int, ...] = (64, 128, 256, 512),
+    dropout: float = 0.25,
+    fixed_head: bool = False,
+) -> nn.Sequential:
+    """The CIFAR-10 network of Jakubovitz & Giryes (2018), Sec. 4: four sets of two convolutions.
+
+    (N, 3, 32, 32) to (N, num_classes). A pool and dropout follow each set, two linear layers the
+    last. The paper gives no widths and no kernel sizes; ours are the usual ones.
+    """
+    layers: list[nn.Module] = [Center()]
+    channels = 3
+    for width in widths:
+        for inputs in (channels, width):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+        layers += [nn.MaxPool2d(2), nn.Dropout(dropout)]
+        channels = width
+    layers += [nn.Flatten(), nn.Linear(4 * channels, 512), nn.ReLU(), nn.Linear(512, num_classes)]
+    model = he_initialized(nn.Sequential(*layers))
+    return with_fixed_head(model) if fixed_head else model
+
+
+def with_fixed_head(model: nn.Sequential) -> nn.Sequential:
+    """The model, its last layer's weights made orthonormal and no longer trained (Appendix A)."""
+    head = cast(nn.Linear, model[-1])
+    nn.init.orthogonal_(head.weight)
+    head.weight.requires_grad_(False)
+    return model
 
 
 def lenet(num_classes: int = 10) -> nn.Sequential:

@@ -61,6 +61,18 @@ COLUMN_SUMS = {
     "table13": "796.18 360.54",
 }
 
+# Of Jakubovitz & Giryes: cells, sum of the accuracies, of ρ in percent or, in Table 1, of norms.
+JACOBIAN_SUMS = {
+    "table1": (8, 0, 0.7828),
+    "table2": (12, 592.68, 160.50),
+    "table3": (12, 532.37, 15.49),
+    "table4": (8, 394.55, 113.58),
+    "table5": (8, 390.06, 105.05),
+    "table6": (8, 394.63, 104.60),
+    "table7": (12, 593.46, 125.67),
+    "table8": (12, 588.39, 212.59),
+}
+
 
 def stored(store: Path) -> pd.DataFrame:
     file = store / "results" / f"{CHAPTER}.csv"
@@ -82,6 +94,26 @@ def test_every_table_of_the_paper_is_transcribed() -> None:
         columns = cells.groupby(["column", "metric"], sort=False)["value"].sum().tolist()
         assert columns == pytest.approx([*map(float, COLUMN_SUMS[str(table)].split())], abs=1e-9)
         assert len(cells) == len(sums) * len(columns)
+
+
+def test_the_tables_of_jacobian_regularization_are_transcribed_and_repeat_each_other() -> None:
+    frame = printed("jacobian_regularization")
+    assert not frame.duplicated(KEY).any()
+    found = {}
+    for table, cells in frame.groupby("table", sort=False):
+        sums = cells.groupby("metric")["value"].sum()
+        second = 100 * sums["robustness"] if "robustness" in sums else sums["mean norm"]
+        found[table] = (len(cells), sums.get("accuracy", 0), second)
+    assert [*found] == [*JACOBIAN_SUMS]
+    for table, expected in JACOBIAN_SUMS.items():
+        assert found[table] == pytest.approx(expected, abs=1e-9), table
+    cells = frame.set_index(KEY)["printed"]
+    for column in (("mnist clean", "accuracy"), ("mnist deepfool", "robustness")):
+        for name in frame.loc[frame["table"] == "table4", "row"].unique():
+            assert cells["table4", name, *column] == cells["table2", name, *column]
+        alone = "Jacobian regularization & no adversarial training"
+        assert cells["table8", alone, *column] == cells["table2", alone[:23], *column]
+        assert cells["table7", "No defense", *column] == cells["table2", "No defense", *column]
 
 
 def test_columns_begin_with_their_data_set_and_metrics_are_known() -> None:
