@@ -21,16 +21,12 @@ from torch.autograd import grad
 
 from defenses.adversarial import adversarial, mixed_batch
 from defenses.attacks import deepfool, fgsm
+from defenses.boundary import measure
 from defenses.compact import CompactConv2d, CompactLinear
 from defenses.data import crop_and_flip, load_data
-from defenses.jacobian import (
-    boundary,
-    input_gradient_penalty,
-    jacobian_penalty,
-    linearize,
-    squared_norm,
-)
+from defenses.jacobian import input_gradient_penalty, jacobian_penalty, squared_norm
 from defenses.models import Center, cifar_four_sets, mnist_tutorial, with_fixed_head
+from defenses.piecewise import linearize
 from defenses.training import Loss, cross_entropy, fit, label_smoothing
 from tests.test_attacks import DEVICES, Net, Written, predicted
 from tests.test_training import assert_same_weights, digits, interrupt, stop_after
@@ -671,7 +667,7 @@ def test_on_a_linear_model_eq_16_is_the_exact_distance(wrap: Wrap) -> None:
     model, x = linear(5), near_grey(40)
     W, b = (p.detach().double() for p in model.parameters())
     y = predicted(model, x)
-    found = boundary(wrap(model), (x, y))
+    found = measure(wrap(model), (x, y))
     flat = x.flatten(1).double()
     z, d, nearest = flat @ W.T + b, torch.empty(40, dtype=torch.float64), []
     for i, k_star in enumerate(y.tolist()):
@@ -706,7 +702,7 @@ def test_on_a_linear_model_deepfool_goes_as_far_as_eq_16_says() -> None:
     x_adv = deepfool(model, x, y, overshoot=0.02)
     inside = ((x_adv > 0) & (x_adv < 1)).flatten(1).all(dim=1)  # clipping would bend the way
     r = (x_adv - x).flatten(1).norm(dim=1).double()[inside]
-    d = boundary(model, (x, y)).first_order[inside]
+    d = measure(model, (x, y)).first_order[inside]
     assert len(d) > 50
     torch.testing.assert_close(r, 1.02 * d, rtol=1e-3, atol=1e-5)
 
@@ -725,7 +721,7 @@ def test_the_bounds_hold_on_any_network(num_classes: int, seed: int, gain: float
     """Eq. 17 bounds Eq. 16, and Eq. 27 bounds Eq. 25, whatever the label is."""
     model, x = network(num_classes, seed, gain), images(8, 1, 4, 4, seed=seed).float()
     y = torch.randint(num_classes, (8,), generator=torch.Generator().manual_seed(seed))
-    found = boundary(model, (x, y))
+    found = measure(model, (x, y))
     within = 1 + 1e-12
     assert (found.lower <= found.first_order * within).all() and (found.lower >= 0).all()
     assert (found.curvature <= found.ceiling * within).all()
@@ -736,16 +732,16 @@ def test_eq_17_is_an_equality_for_two_opposite_classes() -> None:
     model = linear(2)
     W = model.get_parameter("1.weight").detach()
     W[1] = -W[0]
-    found = boundary(model, (near_grey(20), torch.arange(20) % 2))
+    found = measure(model, (near_grey(20), torch.arange(20) % 2))
     torch.testing.assert_close(found.lower, found.first_order, rtol=1e-12, atol=0.0)
     W[1] *= 0.5
-    found = boundary(model, (near_grey(20), torch.arange(20) % 2))
+    found = measure(model, (near_grey(20), torch.arange(20) % 2))
     assert (found.lower < 0.99 * found.first_order).all()
 
 
 def test_proposition_4_holds_behind_a_fixed_head() -> None:
     model, x = with_fixed_head(small(wide=20)).float().eval(), images(20, 1, 9, 8).float()
-    found = boundary(model, (x, predicted(model, x)))
+    found = measure(model, (x, predicted(model, x)))
     norm = squared_norm(*linearize(model[:-1], x)).sqrt().double().detach()
     bound = found.margin / (math.sqrt(2) * norm)
     within = 1 + 1e-5
@@ -758,20 +754,20 @@ def test_proposition_4_holds_behind_a_fixed_head() -> None:
 def test_the_batch_size_does_not_matter(wrap: Wrap) -> None:
     model, x = wrap(network(4)), images(7, 1, 4, 4)
     y = torch.tensor([0, 1, 2, 3, 0, 1, 2])
-    whole = boundary(model, (x, y))
+    whole = measure(model, (x, y))
     for size in (1, 3, 7):
-        parts = boundary(model, (x, y), batch_size=size)
+        parts = measure(model, (x, y), batch_size=size)
         torch.testing.assert_close(vars(parts), vars(whole), rtol=1e-5, atol=1e-6)
     assert {len(column) for column in vars(whole).values()} == {7}
     bytes_ = (255 * x).round().to(torch.uint8)  # as the data sets hold them
     torch.testing.assert_close(
-        vars(boundary(model, (bytes_, y))), vars(boundary(model, (bytes_ / 255, y)))
+        vars(measure(model, (bytes_, y))), vars(measure(model, (bytes_ / 255, y)))
     )
 
 
 @every_path
 def test_the_numbers_carry_no_graph(wrap: Wrap) -> None:
-    found = boundary(wrap(network(4)), (images(3, 1, 4, 4), torch.arange(3)))
+    found = measure(wrap(network(4)), (images(3, 1, 4, 4), torch.arange(3)))
     for name, column in vars(found).items():
         assert not column.requires_grad, name
         assert column.dtype == (torch.bool if name == "correct" else torch.float64), name
@@ -786,7 +782,7 @@ def test_the_model_is_left_as_it_was() -> None:
     modes = [module.training for module in model.modules()]
     x, y = images(20, 1, 8, 8).float(), torch.arange(20) % 5
     with torch.autocast("cpu", torch.bfloat16):
-        found = boundary(model, (x, y))
+        found = measure(model, (x, y))
     assert [module.training for module in model.modules()] == modes
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
         "body.0.weight"
@@ -795,7 +791,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.body[6].weight.grad.eq(1).all()  # type: ignore[union-attr]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    torch.testing.assert_close(vars(found), vars(boundary(model, (x, y))))  # in full precision
+    torch.testing.assert_close(vars(found), vars(measure(model, (x, y))))  # in full precision
 
 
 def test_where_nothing_changes_the_distance_is_none_or_infinite() -> None:
@@ -803,10 +799,10 @@ def test_where_nothing_changes_the_distance_is_none_or_infinite() -> None:
     model = linear(3)
     for weight in model.parameters():
         weight.detach().zero_()
-    found = boundary(model, (near_grey(2), torch.tensor([0, 1])))
+    found = measure(model, (near_grey(2), torch.tensor([0, 1])))
     assert found.first_order.tolist() == found.lower.tolist() == [0, 0]
     model.get_parameter("1.bias").detach().copy_(torch.tensor([1.0, 0.0, 0.5]))
-    found = boundary(model, (near_grey(2), torch.tensor([0, 1])))
+    found = measure(model, (near_grey(2), torch.tensor([0, 1])))
     assert found.margin.tolist() == [0.5, 0.5]
     assert found.first_order.tolist() == found.lower.tolist() == [math.inf, math.inf]
 
@@ -814,10 +810,10 @@ def test_where_nothing_changes_the_distance_is_none_or_infinite() -> None:
 def test_what_no_attack_takes_is_refused() -> None:
     model, x = linear(3), near_grey(2)
     with pytest.raises(ValueError, match="the model has 3 classes, expected at least 8"):
-        boundary(model, (x, torch.tensor([0, 7])))
+        measure(model, (x, torch.tensor([0, 7])))
     model.get_parameter("1.weight").detach().fill_(math.nan)
     with pytest.raises(ValueError, match="NaN logits"):
-        boundary(model, (x, torch.tensor([0, 1])))
+        measure(model, (x, torch.tensor([0, 1])))
 
 
 # At the edges
@@ -949,7 +945,7 @@ def test_a_second_phase_with_the_penalty_moves_the_boundary_away() -> None:
         model = copy.deepcopy(trained)
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
         fit(model, data, epochs=4, loss=loss, optimizer=optimizer, **how)
-        b = boundary(model, data.test)
+        b = measure(model, data.test)
         found[name] = {"accuracy": b.correct.double().mean(), "norm": b.norm.mean()}
         found[name] |= {"slope": (b.norm / b.margin)[b.correct].median()}
         found[name] |= {"d*": b.first_order[b.correct].mean(), "lower": b.lower[b.correct].mean()}
