@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from defenses.piecewise import Pull, linearize
 from defenses.training import Loss, cross_entropy
 
+# Our choice: rows of J pulled at once. An allocator keeps smaller buffers for the next step.
+ROWS = 5
+
 
 def squared_norm(
     z: Tensor,
@@ -46,7 +49,7 @@ def squared_norm(
     n, classes = z.shape
     if projections is None:
         u = torch.eye(classes, dtype=z.dtype, device=z.device)[:, None].expand(-1, n, -1)
-        return _squares(pull(u))
+        return torch.stack([_squares(pull(part)) for part in u.split(ROWS)]).sum(dim=0)
     if not 1 <= projections <= classes:
         raise ValueError(f"projections is {projections}, expected 1 to K = {classes}, or None")
     draw = torch.randn(n, classes, projections, device=z.device, generator=generator)
@@ -170,6 +173,6 @@ def _stand_in(z: Tensor) -> nn.Module:
 
 
 def _split(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    if not isinstance(model, nn.Sequential) or not isinstance(model[-1], nn.Linear):
+    if type(model) is not nn.Sequential or not isinstance(model[-1], nn.Linear):
         raise ValueError("layer='features' wants an nn.Sequential whose last layer is nn.Linear")
     return model[:-1], model[-1]
