@@ -47,7 +47,8 @@ def load(path: str | Path, run: dict[str, Any], names: list[str]) -> list[Any] |
         stored, found = dict(saved["run"]), [saved[name] for name in names]
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint; {REMEDY}") from error
-    changed = [f"{k} was {v}, is {run.get(k)}" for k, v in stored.items() if v != run.get(k)]
+    differ = [name for name in stored | run if stored.get(name) != run.get(name)]
+    changed = [f"{name} was {stored.get(name)}, is {run.get(name)}" for name in differ]
     if changed:
         raise ValueError(f"{path} belongs to another run ({'; '.join(changed)}); {REMEDY}")
     return found

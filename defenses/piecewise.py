@@ -137,7 +137,7 @@ def _unchanged(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pull]:
 
 def _mask(mask: Tensor, like: Tensor) -> Pull:
     """u ↦ u·mask, the mask in the type and the memory layout of the activations."""
-    mask = torch.empty_like(like).copy_(mask.detach()).detach()
+    mask = torch.empty_like(like).copy_(mask.detach())
     return lambda u: (u.unflatten(0, (-1, len(mask))) * mask.to(u.dtype)).flatten(0, 1)
 
 

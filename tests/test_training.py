@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
+from defenses.checkpoint import load, save
 from defenses.data import ImageData, crop_and_flip, load_data
 from defenses.models import mnist_compact
 from defenses.training import cross_entropy, fit, label_smoothing, step_seconds
@@ -446,3 +447,11 @@ def test_steps_are_timed_in_turns_each_with_its_own_loss() -> None:
     assert turns == [models["slow"], models["slower"], models["slower"]] * 6
     assert seconds["fast"] < seconds["slow"] < seconds["slower"]
     assert seconds["slower"] >= 0.04
+
+
+def test_a_checkpoint_that_says_less_of_its_run_is_of_another(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    save(file, {"run": {"seed": 0}, "done": 1})
+    assert load(file, {"seed": 0}, ["done"]) == [1]
+    with pytest.raises(ValueError, match=r"another run \(eps was None, is 0\.3\)"):
+        load(file, {"seed": 0, "eps": 0.3}, ["done"])
