@@ -4,8 +4,10 @@ The signs are those of Athalye, Carlini & Wagner (2018, §3.1) and Carlini et al
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .attacks.contract import attacking
 from .attacks.losses import PerImageLoss, objective
@@ -123,3 +125,45 @@ def masking_flags(
         sign = "the input gradient of whole images is exactly zero"
         flags.append(Flag(sign, zero_gradients.images >= 0.01, zero_gradients.images, 0.01))
     return flags
+
+
+def layer_slopes(
+    model: nn.Sequential, x: Tensor, *, draws: int = 8, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    r"""How steep each layer is: what a contractive network penalizes (Gu & Rigazio, 2015).
+
+    For the pre-activations h_i of the i-th convolution or linear layer, h_0 being the images:
+    :math:`\lVert \partial h_i / \partial h_{i-1} \rVert_F`, and the same relative to the lengths,
+    times :math:`\lVert h_{i-1} \rVert / \lVert h_i \rVert`, which does not change when a layer is
+    multiplied by a constant. Estimated as the root of the mean of
+    :math:`\lVert u^\top J \rVert^2` over ``draws`` vectors u ~ N(0, I).
+
+    Parameters
+    ----------
+    model : Sequential
+        Looked at in eval mode.
+    x : Tensor
+        Images (N, C, H, W), float, in [0, 1].
+
+    Returns
+    -------
+    list of (Tensor, Tensor)
+        For each layer the two, (N,) each.
+    """
+    ends = [i + 1 for i, layer in enumerate(model) if isinstance(layer, nn.Conv2d | nn.Linear)]
+    generator = torch.Generator(x.device).manual_seed(seed)
+    slopes, h, training = [], x, model.training
+    model.eval()
+    for start, end in pairwise([0, *ends]):
+        h = h.detach().requires_grad_()
+        out, squares = model[start:end](h), torch.zeros(len(x), device=x.device)
+        for _ in range(draws):
+            u = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
+            (row,) = torch.autograd.grad(out, h, u, retain_graph=True)
+            squares = squares + row.flatten(1).square().sum(dim=1)
+        slope = (squares / draws) ** 0.5
+        lengths = [v.detach().flatten(1).norm(dim=1) for v in (h, out)]
+        slopes.append((slope, slope * lengths[0] / lengths[1]))
+        h = out
+    model.train(training)
+    return slopes

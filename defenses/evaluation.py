@@ -1,11 +1,14 @@
 """How a model fares under an attack: accuracies with intervals, distances, transfer, worst case."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from .attacks.contract import attacking, relative_norm
@@ -262,6 +265,57 @@ def mean_size(sizes: Tensor, unfooled: int = 0) -> Robustness:
     mean = float(sizes.mean())
     half = NORMAL_975 * float(sizes.std()) / math.sqrt(n) if n > 1 else math.inf
     return Robustness(mean, (mean - half, mean + half), n, unfooled)
+
+
+@dataclass(frozen=True)
+class MeanAccuracy:
+    """An accuracy averaged over models from several seeds, on `n` images, with a 95% interval."""
+
+    value: float
+    ci: tuple[float, float]
+    n: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.value
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __repr__(self) -> str:
+        low, high = (100 * bound for bound in self.ci)
+        return f"{self.percent:.1f}% ({low:.1f}–{high:.1f}, n={self.n:,})"
+
+
+Outcome = TypeVar("Outcome", Accuracy, Robustness)
+
+
+def over_seeds(outcomes: Sequence[Outcome]) -> Outcome | MeanAccuracy:
+    """The mean of the same measurement on models from several seeds.
+
+    Its interval reaches, at either end, as far as the wider of two: Student's, for the spread over
+    the seeds, and the mean of the outcomes' own, for the draw of the images, which the models have
+    in common. The only one of a single seed is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        Without an outcome.
+    """
+    if not outcomes:
+        raise ValueError("there is no outcome to average")
+    if len(outcomes) == 1:
+        return outcomes[0]
+    values = [outcome.value for outcome in outcomes]
+    lows, highs = zip(*(outcome.ci for outcome in outcomes), strict=True)
+    mean, seeds = statistics.fmean(values), len(values)
+    half = float(stdtrit(seeds - 1, 0.975)) * statistics.stdev(values) / math.sqrt(seeds)
+    ci = min(mean - half, statistics.fmean(lows)), max(mean + half, statistics.fmean(highs))
+    first = outcomes[0]
+    if isinstance(first, Accuracy):
+        return MeanAccuracy(mean, (max(0.0, ci[0]), min(1.0, ci[1])), first.n)
+    unfooled = sum(outcome.unfooled for outcome in outcomes if isinstance(outcome, Robustness))
+    return Robustness(mean, ci, first.n, unfooled)
 
 
 def on_device_of(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -210,6 +211,52 @@ def with_fixed_head(model: nn.Sequential) -> nn.Sequential:
     head = cast(nn.Linear, model[-1])
     nn.init.orthogonal_(head.weight)
     head.weight.requires_grad_(False)
+    return model
+
+
+def mnist_batchout(
+    num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None
+) -> nn.Sequential:
+    """The MNIST network of Datta et al. (2018), Sec. 8.1, which is that of Lasagne's example.
+
+    (N, 1, 28, 28) to (N, num_classes). ``behind`` places modules, such as
+    :class:`defenses.batchout.BatchOut`, between the layers C1, C2, F1 and their activations.
+    """
+    layers: list[nn.Module | str] = [nn.Conv2d(1, 32, 5), "C1", nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(32, 32, 5), "C2", nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Dropout(0.5), nn.Linear(512, 256), "F1", nn.ReLU()]
+    layers += [nn.Dropout(0.5), nn.Linear(256, num_classes)]
+    return _batchout_network(layers, behind)
+
+
+def cifar_batchout(
+    num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None
+) -> nn.Sequential:
+    """The CIFAR-10 network of Datta et al. (2018), Sec. 8.1: five convolutions, padded by one.
+
+    (N, 3, 32, 32) to (N, num_classes). ``behind``: as for :func:`mnist_batchout`, C1 to C5, F1, F2.
+    """
+    layers: list[nn.Module | str] = []
+    for i, (inputs, outputs) in enumerate(pairwise((3, 32, 64, 64, 64, 64)), 1):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), f"C{i}", nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if i in (2, 5) else []
+    layers += [nn.Flatten(), nn.Dropout(0.5), nn.Linear(4096, 512), "F1", nn.ReLU()]
+    layers += [nn.Linear(512, 512), "F2", nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, num_classes)]
+    return _batchout_network(layers, behind)
+
+
+def _batchout_network(
+    layers: Sequence[nn.Module | str], behind: Mapping[str, nn.Module] | None
+) -> nn.Sequential:
+    behind, places = dict(behind or {}), [name for name in layers if isinstance(name, str)]
+    if unknown := behind.keys() - set(places):
+        raise ValueError(f"no layer {sorted(unknown)}; expected some of {places}")
+    modules = [behind.get(m) if isinstance(m, str) else m for m in layers]
+    model = nn.Sequential(*[module for module in modules if module is not None])
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)  # Lasagne's default
+            nn.init.zeros_(cast(Tensor, layer.bias))
     return model
 
 
