@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol
 
 import torch
 from scipy.special import stdtrit
@@ -287,10 +287,18 @@ class MeanAccuracy:
         return f"{self.percent:.1f}% ({low:.1f}–{high:.1f}, n={self.n:,})"
 
 
-Outcome = TypeVar("Outcome", Accuracy, Robustness)
+class Share(Protocol):
+    """What `Accuracy` is: a share of n images with its interval."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def percent(self) -> float: ...
+    @property
+    def ci(self) -> tuple[float, float]: ...
 
 
-def over_seeds(outcomes: Sequence[Outcome]) -> Outcome | MeanAccuracy:
+def over_seeds(outcomes: Sequence[Share] | Sequence[Robustness]) -> Share | Robustness:
     """The mean of the same measurement on models from several seeds.
 
     Its interval reaches, at either end, as far as the wider of two: Student's, for the spread over
@@ -304,18 +312,18 @@ def over_seeds(outcomes: Sequence[Outcome]) -> Outcome | MeanAccuracy:
     """
     if not outcomes:
         raise ValueError("there is no outcome to average")
-    if len(outcomes) == 1:
-        return outcomes[0]
-    values = [outcome.value for outcome in outcomes]
+    first, seeds = outcomes[0], len(outcomes)
+    if seeds == 1:
+        return first
+    values = [o.value if isinstance(o, Robustness) else o.percent / 100 for o in outcomes]
     lows, highs = zip(*(outcome.ci for outcome in outcomes), strict=True)
-    mean, seeds = statistics.fmean(values), len(values)
+    mean = statistics.fmean(values)
     half = float(stdtrit(seeds - 1, 0.975)) * statistics.stdev(values) / math.sqrt(seeds)
     ci = min(mean - half, statistics.fmean(lows)), max(mean + half, statistics.fmean(highs))
-    first = outcomes[0]
-    if isinstance(first, Accuracy):
-        return MeanAccuracy(mean, (max(0.0, ci[0]), min(1.0, ci[1])), first.n)
-    unfooled = sum(outcome.unfooled for outcome in outcomes if isinstance(outcome, Robustness))
-    return Robustness(mean, ci, first.n, unfooled)
+    if isinstance(first, Robustness):
+        unfooled = sum(o.unfooled for o in outcomes if isinstance(o, Robustness))
+        return Robustness(mean, ci, first.n, unfooled)
+    return MeanAccuracy(mean, (max(0.0, ci[0]), min(1.0, ci[1])), first.n)
 
 
 def on_device_of(

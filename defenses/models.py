@@ -217,7 +217,7 @@ def with_fixed_head(model: nn.Sequential) -> nn.Sequential:
 def mnist_batchout(
     num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None
 ) -> nn.Sequential:
-    """The MNIST network of Datta et al. (2018), Sec. 8.1, which is that of Lasagne's example.
+    """The MNIST network of Subramanya et al. (2018), Sec. 8.1, which is that of Lasagne's example.
 
     (N, 1, 28, 28) to (N, num_classes). ``behind`` places modules, such as
     :class:`defenses.batchout.BatchOut`, between the layers C1, C2, F1 and their activations.
@@ -232,7 +232,7 @@ def mnist_batchout(
 def cifar_batchout(
     num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None
 ) -> nn.Sequential:
-    """The CIFAR-10 network of Datta et al. (2018), Sec. 8.1: five convolutions, padded by one.
+    """The CIFAR-10 network of Subramanya et al. (2018), Sec. 8.1: five convolutions, padded by one.
 
     (N, 3, 32, 32) to (N, num_classes). ``behind``: as for :func:`mnist_batchout`, C1 to C5, F1, F2.
     """
