@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attacks.contract import attacking
 from .attacks.losses import PerImageLoss, objective
-from .evaluation import Accuracy, Split, on_device_of, wilson
+from .evaluation import Share, Split, on_device_of, wilson
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class ZeroGradients:
     images: float
     pixels: float
     n: int
+
+    @property
+    def value(self) -> float:
+        return self.images
 
     @property
     def percent(self) -> float:
@@ -78,12 +82,12 @@ class Flag:
 
 def masking_flags(
     *,
-    fgsm: Accuracy | None = None,
-    pgd: Accuracy | None = None,
-    margin: Accuracy | None = None,
-    transfer: Accuracy | None = None,
-    black_box: Accuracy | None = None,
-    at_half: Accuracy | None = None,
+    fgsm: Share | None = None,
+    pgd: Share | None = None,
+    margin: Share | None = None,
+    transfer: Share | None = None,
+    black_box: Share | None = None,
+    at_half: Share | None = None,
     chance: float = 0.1,
     zero_gradients: ZeroGradients | None = None,
 ) -> list[Flag]:
@@ -93,7 +97,7 @@ def masking_flags(
 
     Parameters
     ----------
-    fgsm, pgd : Accuracy
+    fgsm, pgd : Accuracy or a mean over seeds
         One step and many steps, white-box, cross-entropy, at one ε.
     margin : Accuracy
         As `pgd`, with the margin loss: lower where cross-entropy had lost its gradient.
@@ -106,7 +110,9 @@ def masking_flags(
     zero_gradients : ZeroGradients
         From `zero_gradient_share`; raised from 1% of the images on (our choice).
     """
-    white_box = min((a for a in (pgd, margin) if a is not None), key=float, default=None)
+    white_box = min(
+        (a for a in (pgd, margin) if a is not None), key=lambda a: a.value, default=None
+    )
     pairs = [
         ("one step is stronger than many", fgsm, pgd),
         ("the margin loss is stronger than cross-entropy", margin, pgd),

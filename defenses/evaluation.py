@@ -293,6 +293,8 @@ class Share(Protocol):
     @property
     def n(self) -> int: ...
     @property
+    def value(self) -> float: ...
+    @property
     def percent(self) -> float: ...
     @property
     def ci(self) -> tuple[float, float]: ...
@@ -315,7 +317,7 @@ def over_seeds(outcomes: Sequence[Share] | Sequence[Robustness]) -> Share | Robu
     first, seeds = outcomes[0], len(outcomes)
     if seeds == 1:
         return first
-    values = [o.value if isinstance(o, Robustness) else o.percent / 100 for o in outcomes]
+    values = [outcome.value for outcome in outcomes]
     lows, highs = zip(*(outcome.ci for outcome in outcomes), strict=True)
     mean = statistics.fmean(values)
     half = float(stdtrit(seeds - 1, 0.975)) * statistics.stdev(values) / math.sqrt(seeds)
