@@ -103,7 +103,7 @@ class Run:
     protocol: str
     dataset: str
     device: str
-    seeds: int
+    seeds: int | Sequence[int]
     record: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     _last: float = field(default_factory=time.perf_counter, repr=False)
@@ -236,11 +236,15 @@ def claim(text: str, ok: Any) -> None:
 def coverage(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     """Return, table by table, how many of the paper's cells are filled, and how.
 
+    Numbers that the file takes from elsewhere, whose note begins with `cited`, are not counted.
+
     Columns: `cells` that the paper prints; those whose best measurement is at `paper`, `short` and
     `quick`; those still `empty`; and the `datasets` measured, with their counts.
     """
     filled = best(chapter, folder=folder)[[*KEY, "protocol", "dataset"]]
-    cells = printed(chapter, folder)[KEY].merge(filled, on=KEY, how="left")
+    theirs = printed(chapter, folder)
+    theirs = theirs[~theirs["note"].str.startswith("cited")]
+    cells = theirs[KEY].merge(filled, on=KEY, how="left")
     table = cells.groupby("table", sort=False)
     counts = table.size().to_frame("cells")
     for protocol in PROTOCOLS:
