@@ -73,6 +73,18 @@ JACOBIAN_SUMS = {
     "table8": (12, 588.39, 212.59),
 }
 
+# Of Subramanya et al.: sums over the cells of an attack (in Figure 4b and 5a, its only one).
+BATCHOUT_SUMS = {
+    ("figure2", "clean"): "Baseline 99.47 Adversarially_trained 99.31 BatchOut 99.12",
+    ("figure2", "fgsm"): "Baseline 157 Adversarially_trained 474 BatchOut 478",
+    ("figure2", "deepfool"): "Baseline 123 Adversarially_trained 215 BatchOut 351",
+    ("figure3", "clean"): "Baseline 80.22 Adversarially_trained 80.01 BatchOut 80.79",
+    ("figure3", "fgsm"): "Baseline 218 Adversarially_trained 304 BatchOut 294",
+    ("figure3", "deepfool"): "Baseline 131 Adversarially_trained 183 BatchOut 312",
+    ("figure4b", "fgsm"): "C1 75 C2 76 F1 85 C1C2 78 C1F1 93 C2F1 91 all 96",
+    ("figure5a", "fgsm"): "k 822",
+}
+
 
 def stored(store: Path) -> pd.DataFrame:
     file = store / "results" / f"{CHAPTER}.csv"
@@ -114,6 +126,35 @@ def test_the_tables_of_jacobian_regularization_are_transcribed_and_repeat_each_o
         alone = "Jacobian regularization & no adversarial training"
         assert cells["table8", alone, *column] == cells["table2", alone[:23], *column]
         assert cells["table7", "No defense", *column] == cells["table2", "No defense", *column]
+
+
+def test_the_figures_of_batchout_are_read_off_and_its_clean_accuracies_printed() -> None:
+    frame = printed("batchout")
+    assert not frame.duplicated(KEY).any() and len(frame) == 83
+    attack = frame["column"].str.split().str[1]
+    names = frame["row"].str.replace(r" = .*", "", regex=True).str.replace(" ", "_")
+    sums = frame.groupby(["table", attack, names])["value"].sum()
+    expected = {
+        (*place, name): float(total)
+        for place, text in BATCHOUT_SUMS.items()
+        for name, total in zip(text.split()[::2], text.split()[1::2], strict=True)
+    }
+    assert sums.to_dict() == pytest.approx(expected, abs=1e-9)
+    note = attack.eq("clean").map({True: "printed in Sec", False: "read off the figure"})
+    assert all(found.startswith(n) for found, n in zip(frame["note"], note, strict=True))
+    assert set(frame["metric"]) == {"accuracy"}
+    assert (frame["column"].str.partition(" ")[0] == frame["dataset"]).all()
+    depth = [f"deepfool {i}" for i in range(1, 6)]
+    for table, dataset, eps in (
+        ("figure2", "mnist", [f"0.{i}" for i in range(1, 6)]),
+        ("figure3", "cifar10", [f"{i}/255" for i in range(1, 6)]),
+    ):
+        columns = [f"{dataset} {c}" for c in ["clean", *(f"fgsm {e}" for e in eps), *depth]]
+        for name, cells in frame[frame["table"] == table].groupby("row"):
+            assert cells["column"].tolist() == columns, name
+            assert cells["value"][-5:].is_monotonic_decreasing, name
+    shares = frame.loc[frame["table"] == "figure5a", "row"].tolist()
+    assert shares == [f"k = {k / 10}" for k in range(1, 11)]
 
 
 def test_columns_begin_with_their_data_set_and_metrics_are_known() -> None:
