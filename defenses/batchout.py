@@ -23,7 +23,7 @@ def to_partners(x: Tensor, count: int, generator: torch.Generator | None = None)
     Partners are drawn from the whole batch (N, …), with replacement; a sample may draw itself.
     """
     R = torch.randint(len(x), (count,), device=x.device, generator=generator)
-    return _rows(x, R) - x[:count]
+    return _rows(x, R).sub_(x[:count])
 
 
 def to_noise(x: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -83,22 +83,23 @@ class BatchOut(nn.Module):
 
     def extra_repr(self) -> str:
         how = f", draw={self.draw!r}" if self.draw else ""
-        return f"{self.eta:g}, k={self.k:g}{how}, direction={self.direction.__name__}"
+        return f"{self.eta:g}, k={self.k:g}{how}"
 
     def forward(self, x: Tensor) -> Tensor:
         count = int(self.k * len(x) + 1e-9)  # 0.7 · 10 is 7
         if not (self.training and self.eta and count):
             return x
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
-            eta_d = self._eta(x, count) * self.direction(x, count)
+            d = self.direction(x, count)
         x_star = x.clone()
         moved = x_star.detach() if self.stop_gradient else x_star  # the same memory
-        moved[:count] += eta_d
+        if self.draw is None:
+            moved[:count].add_(d, alpha=self.eta)
+        else:
+            moved[:count].addcmul_(d, self._drawn(x, count))
         return x_star
 
-    def _eta(self, x: Tensor, count: int) -> Tensor | float:
-        if self.draw is None:
-            return self.eta
+    def _drawn(self, x: Tensor, count: int) -> Tensor:
         shape = (count if self.draw == "sample" else 1, *[1] * (x.ndim - 1))
         return self.eta * torch.rand(shape, device=x.device, dtype=x.dtype)
 

@@ -158,18 +158,21 @@ def layer_slopes(
     """
     ends = [i + 1 for i, layer in enumerate(model) if isinstance(layer, nn.Conv2d | nn.Linear)]
     generator = torch.Generator(x.device).manual_seed(seed)
-    slopes, h, training = [], x, model.training
+    slopes, h, modes = [], x, [(module, module.training) for module in model.modules()]
     model.eval()
-    for start, end in pairwise([0, *ends]):
-        h = h.detach().requires_grad_()
-        out, squares = model[start:end](h), torch.zeros(len(x), device=x.device)
-        for _ in range(draws):
-            u = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
-            (row,) = torch.autograd.grad(out, h, u, retain_graph=True)
-            squares = squares + row.flatten(1).square().sum(dim=1)
-        slope = (squares / draws) ** 0.5
-        lengths = [v.detach().flatten(1).norm(dim=1) for v in (h, out)]
-        slopes.append((slope, slope * lengths[0] / lengths[1]))
-        h = out
-    model.train(training)
+    try:
+        for start, end in pairwise([0, *ends]):
+            h = h.detach().requires_grad_()
+            out, squares = model[start:end](h), torch.zeros(len(x), device=x.device)
+            for _ in range(draws):
+                u = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
+                (row,) = torch.autograd.grad(out, h, u, retain_graph=True)
+                squares = squares + row.flatten(1).square().sum(dim=1)
+            slope = (squares / draws) ** 0.5
+            lengths = [v.detach().flatten(1).norm(dim=1) for v in (h, out)]
+            slopes.append((slope, slope * lengths[0] / lengths[1]))
+            h = out
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return slopes

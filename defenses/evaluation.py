@@ -323,8 +323,11 @@ def over_seeds(outcomes: Sequence[Share] | Sequence[Robustness]) -> Share | Robu
     half = float(stdtrit(seeds - 1, 0.975)) * statistics.stdev(values) / math.sqrt(seeds)
     ci = min(mean - half, statistics.fmean(lows)), max(mean + half, statistics.fmean(highs))
     if isinstance(first, Robustness):
-        unfooled = sum(o.unfooled for o in outcomes if isinstance(o, Robustness))
-        return Robustness(mean, ci, first.n, unfooled)
+        n, unfooled = (
+            round(statistics.fmean(getattr(outcome, name) for outcome in outcomes))
+            for name in ("n", "unfooled")
+        )
+        return Robustness(mean, ci, n, unfooled)
     return MeanAccuracy(mean, (max(0.0, ci[0]), min(1.0, ci[1])), first.n)
 
 
