@@ -83,7 +83,8 @@ class BatchOut(nn.Module):
 
     def extra_repr(self) -> str:
         how = f", draw={self.draw!r}" if self.draw else ""
-        return f"{self.eta:g}, k={self.k:g}{how}"
+        direction = getattr(self.direction, "__name__", type(self.direction).__name__)
+        return f"{self.eta:g}, k={self.k:g}{how}, direction={direction}"
 
     def forward(self, x: Tensor) -> Tensor:
         count = int(self.k * len(x) + 1e-9)  # 0.7 · 10 is 7
