@@ -49,11 +49,17 @@ def curves(
     xlabel: str = "",
     ylabel: str = "",
     title: str = "",
+    paper: Mapping[str, Any] | None = None,
     **style: Any,
 ) -> None:
-    """Draw named lines (x, y), each in the color of its place, with a legend."""
+    """Draw named lines (x, y), each in the color of its place, with a legend.
+
+    ``paper`` holds the y that a paper prints for some of them: open circles in the same color.
+    """
     for color, (name, (x, y)) in zip(COLORS, lines.items(), strict=False):
         axis.plot(x, y, label=name, color=color, **{"marker": "o", "markersize": 3, **style})
+        if paper and name in paper:
+            axis.plot(x, paper[name], "o--", color=color, markerfacecolor="none", linewidth=0.7)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from defenses.attacks import deepfool, fgsm, pgd
-from defenses.diagnostics import ZeroGradients, masking_flags, zero_gradient_share
+from defenses.diagnostics import ZeroGradients, loudness, masking_flags, zero_gradient_share
 from defenses.evaluation import (
     Accuracy,
     Perturbations,
@@ -269,6 +269,20 @@ def test_the_worst_case_is_taken_image_by_image() -> None:
 
 
 # Signs of masking
+
+
+def test_loudness_is_the_lead_and_the_share_that_float32_is_certain_of() -> None:
+    leads = torch.tensor([1.0, 16.0, 18.0, 18.0])
+    logits = torch.stack([leads, torch.zeros(4)], dim=1)
+    wrong = torch.tensor([0, 0, 0, 1])  # the last is certain of the wrong class
+
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return logits[(3 * x[:, 0, 0, 0]).round().long()]
+
+    lead, certain = loudness(Fixed(), (torch.linspace(0, 1, 4).view(4, 1, 1, 1), wrong))
+    assert lead.value == pytest.approx(53 / 4)
+    assert certain.correct.tolist() == [False, False, True, False]
 
 
 def test_zero_gradients_are_counted_exactly() -> None:

@@ -130,6 +130,7 @@ def test_the_tables_of_jacobian_regularization_are_transcribed_and_repeat_each_o
 
 def test_the_figures_of_batchout_are_read_off_and_its_clean_accuracies_printed() -> None:
     frame = printed("batchout")
+    frame = frame[frame["table"] != "cited"]
     assert not frame.duplicated(KEY).any() and len(frame) == 83
     attack = frame["column"].str.split().str[1]
     names = frame["row"].str.replace(r" = .*", "", regex=True).str.replace(" ", "_")
@@ -409,6 +410,14 @@ def test_coverage_counts_cells_by_their_best_protocol(store: Path) -> None:
     assert frame.loc["table1", columns[:-1]].tolist() == [60, 0, 1, 1, 58]
     assert frame.loc["table13"].tolist() == [16, 1, 0, 0, 15, "mnist 1"]
     assert frame.loc["table2"].tolist() == [60, 0, 0, 0, 60, ""]
+
+
+def test_what_others_report_is_quoted_and_not_counted() -> None:
+    frame = printed("batchout")
+    cited = frame[frame["note"].str.startswith("cited")]
+    assert set(cited["table"]) == {"cited"} and len(cited) == 8
+    assert "cited" not in coverage("batchout").index
+    assert value("batchout", "cited", "the paper's network", "mnist pgd 0.3", source="paper") == 5
 
 
 # A run
