@@ -1,0 +1,132 @@
+"""The denoising blocks of Xie et al. (2019), against literal sums and SciPy."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from torch import Tensor, nn
+
+from defenses.denoising import Denoise, NonLocal, bilateral, dot_product, mean, median
+
+C, H, W = 4, 5, 6
+
+
+def features(n: int = 2) -> Tensor:
+    return torch.randn(n, C, H, W, dtype=torch.float64, generator=torch.manual_seed(0))
+
+
+def embedded() -> NonLocal:
+    torch.manual_seed(1)
+    module = NonLocal(C).double()
+    for weight in module.parameters():
+        nn.init.normal_(weight)  # N(0, 0.01²) would leave the weights nearly equal
+    return module
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "non-local": NonLocal(C, embedded=False),
+    "embedded": embedded(),
+    "dot product": dot_product,
+    "bilateral": bilateral,
+    "bilateral, dot product": lambda x: bilateral(x, gaussian=False),
+    "mean": mean,
+    "median": median,
+}
+every = pytest.mark.parametrize("name", OPERATIONS)
+
+
+def weighted(weights: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("nij,ncj->nci", weights, x.flatten(2)).view_as(x)
+
+
+def test_non_local_means_are_softmax_weights_over_all_places() -> None:
+    x = features()
+    f = torch.einsum("nci,ncj->nij", x.flatten(2), x.flatten(2)) / C**0.5
+    torch.testing.assert_close(OPERATIONS["non-local"](x), weighted(f.softmax(dim=2), x))
+    module = embedded()
+    q, k = module.theta(x).flatten(2), module.phi(x).flatten(2)
+    f = torch.einsum("nci,ncj->nij", q, k) / (C // 2) ** 0.5
+    torch.testing.assert_close(module(x), weighted(f.softmax(dim=2), x))
+
+
+def test_dot_products_are_divided_by_the_number_of_places() -> None:
+    x = features()
+    f = torch.einsum("nci,ncj->nij", x.flatten(2), x.flatten(2)) / (H * W)
+    torch.testing.assert_close(dot_product(x), weighted(f, x))
+
+
+@pytest.mark.parametrize("gaussian", [True, False])
+def test_bilateral_weights_run_over_the_window_inside_the_map(gaussian: bool) -> None:
+    x = features()
+    expected = torch.empty_like(x)
+    for r in range(H):
+        for s in range(W):
+            window = x[:, :, max(r - 1, 0) : r + 2, max(s - 1, 0) : s + 2].flatten(2)
+            f = torch.einsum("nc,ncj->nj", x[:, :, r, s], window)
+            weights = (f / C**0.5).softmax(dim=1) if gaussian else f / window.shape[2]
+            expected[:, :, r, s] = torch.einsum("nj,ncj->nc", weights, window)
+    torch.testing.assert_close(bilateral(x, gaussian=gaussian), expected)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_median_and_mean_are_those_of_scipy(size: int) -> None:
+    x = features()
+    shape = (1, 1, size, size)
+    middle = scipy.ndimage.median_filter(x.numpy(), size=shape, mode="nearest")
+    np.testing.assert_allclose(median(x, size), middle)
+    total, count = (
+        scipy.ndimage.uniform_filter(v, size=shape, mode="constant")
+        for v in (x.numpy(), np.ones(x.shape))
+    )
+    np.testing.assert_allclose(mean(x, size), total / count)
+
+
+@every
+def test_turning_the_map_turns_the_result(name: str) -> None:
+    x, operation = features(), OPERATIONS[name]
+    for turn in (lambda v: v.rot90(1, (2, 3)), lambda v: v.flip(3)):
+        torch.testing.assert_close(operation(turn(x)), turn(operation(x)))
+
+
+@pytest.mark.parametrize("name", ["non-local", "embedded", "dot product"])
+def test_non_local_operations_know_no_places(name: str) -> None:
+    x, shuffled = features(), torch.randperm(H * W)
+    mixed = x.flatten(2)[:, :, shuffled].view_as(x)
+    expected = OPERATIONS[name](x).flatten(2)[:, :, shuffled].view_as(x)
+    torch.testing.assert_close(OPERATIONS[name](mixed), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in OPERATIONS if "dot product" not in n])
+def test_a_constant_map_stays_as_it_is(name: str) -> None:
+    """Weights that sum to 1; those of the dot product do not."""
+    x = torch.full((1, C, H, W), 0.7, dtype=torch.float64)
+    torch.testing.assert_close(OPERATIONS[name](x), x)
+
+
+@every
+def test_a_new_block_is_the_identity_and_learns(name: str) -> None:
+    x, operation = features(), OPERATIONS[name]
+    block = Denoise(C, operation).double().train()
+    assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    assert block.norm.weight.grad is not None and block.norm.weight.grad.any()
+    block.norm.weight.data.fill_(1.0)
+    assert not torch.allclose(block(x), x)
+
+
+@every
+def test_an_image_does_not_see_the_others(name: str) -> None:
+    x = features(3)
+    torch.testing.assert_close(OPERATIONS[name](x)[1:2], OPERATIONS[name](x[1:2]))
+
+
+@every
+def test_bfloat16_and_channels_last(name: str) -> None:
+    x = features().float().contiguous(memory_format=torch.channels_last)
+    block = Denoise(C, copy.deepcopy(OPERATIONS[name])).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    assert y.shape == x.shape and y.isfinite().all()
