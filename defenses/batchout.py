@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,18 @@ def to_noise(x: Tensor, count: int, generator: torch.Generator | None = None) ->
     n = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     lengths = [v.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1)) for v in (x, n)]
     return n * (lengths[0] / lengths[1])
+
+
+class _AsConstant(torch.autograd.Function):
+    """x_star; the gradient goes to x as it is, because x_star − x counts as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_star: Tensor) -> Tensor:
+        return x_star.detach()  # an input returned as it is could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class BatchOut(nn.Module):
@@ -92,13 +105,12 @@ class BatchOut(nn.Module):
             return x
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
             d = self.direction(x, count)
-        x_star = x.clone()
-        moved = x_star.detach() if self.stop_gradient else x_star  # the same memory
-        if self.draw is None:
-            moved[:count].add_(d, alpha=self.eta)
-        else:
-            moved[:count].addcmul_(d, self._drawn(x, count))
-        return x_star
+            if self.draw is None:
+                moved = torch.add(x[:count], d, alpha=self.eta)
+            else:
+                moved = torch.addcmul(x[:count], d, self._drawn(x, count))
+            x_star = torch.cat([moved, x[count:]])
+        return _AsConstant.apply(x, x_star) if self.stop_gradient else x_star
 
     def _drawn(self, x: Tensor, count: int) -> Tensor:
         shape = (count if self.draw == "sample" else 1, *[1] * (x.ndim - 1))
