@@ -75,7 +75,7 @@ def side_by_side(
     heads = cells.drop_duplicates(["column", "metric"]).set_index("column")["metric"].loc[columns]
     wide = wide.reindex(rows).fillna("").rename_axis(index=None)
     as_html, as_text = (_headed(wide[kind][[*heads.items()]]) for kind in ("html", "text"))
-    title = re.sub(r"^table(\d+)$", r"Table \1", table)
+    title = re.sub(r"^(table|figure)(\d+\w?)$", lambda m: f"{m[1].title()} {m[2]}", table)
     asked, filled = ((frame["printed"] != "").sum() for frame in (cells, measured))
     caption = f"{title}: " + (
         f"{filled} of {asked} cells measured. Ours first, with its 95% interval; the paper's "
