@@ -305,7 +305,8 @@ def over_seeds(outcomes: Sequence[Share] | Sequence[Robustness]) -> Share | Robu
 
     Its interval reaches, at either end, as far as the wider of two: Student's, for the spread over
     the seeds, and the mean of the outcomes' own, for the draw of the images, which the models have
-    in common. The only one of a single seed is returned as it is.
+    in common. Of mean sizes, `n` and `unfooled` are averaged, too. The only outcome of a single
+    seed is returned as it is.
 
     Raises
     ------
