@@ -67,3 +67,26 @@ def mixed_batch(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) 
         return loss(model, x, y)
 
     return mixture
+
+
+def drawn_radius(attack: Callable[..., Tensor], low: float, high: float) -> Attack:
+    """The attack with ε ~ U[low, high], drawn anew for each batch (Mustafa et al., 2019, Sec. 5.1).
+
+    Parameters
+    ----------
+    attack : callable (model, x, y, eps=ε) -> x_adv
+    low, high : float
+        In units of pixels. The draw comes from torch's own generator, which `fit` seeds.
+
+    Raises
+    ------
+    ValueError
+        Unless 0 <= low <= high.
+    """
+    if not 0 <= low <= high:
+        raise ValueError(f"expected 0 <= low <= high, got {low} and {high}")
+
+    def drawn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return attack(model, x, y, eps=low + (high - low) * float(torch.rand(())))
+
+    return drawn

@@ -3,13 +3,16 @@
 The signs are those of Athalye, Carlini & Wagner (2018, §3.1) and Carlini et al. (2019).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from .attacks.contract import attacking
+from .attacks.gradient import pgd
 from .attacks.losses import PerImageLoss, objective
 from .evaluation import Accuracy, Robustness, Share, Split, mean_size, on_device_of, wilson
 
@@ -196,3 +199,37 @@ def layer_slopes(
         for module, mode in modes:
             module.training = mode
     return slopes
+
+
+def reach(
+    features: Callable[[nn.Module, Tensor], Tensor],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    steps: int = 20,
+    seed: int = 0,
+) -> Tensor:
+    r"""How far the features can be driven inside the L∞ ball, from below; (N,).
+
+    :math:`\max_{\lVert\delta\rVert_\infty \le \epsilon} \lVert f(x + \delta) - f(x) \rVert_2` as
+    PGD finds it: the λ of Proposition 2 of Mustafa et al. (2019) is at least as large.
+
+    Parameters
+    ----------
+    features : callable (model, x) -> (N, d)
+        Of a model in eval mode, as `fit` leaves it.
+    model, x, y, eps, steps, seed
+        As for `defenses.attacks.pgd`; a step is 2.5·eps/steps long.
+    """
+    with torch.no_grad():
+        start = features(model, x)
+
+    def distance(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (features(model, x) - start).norm(dim=1)
+
+    climb = partial(pgd, eps=eps, step_size=2.5 * eps / steps, steps=steps, early_stop=False)
+    end = climb(model, x, y, loss=distance, seed=seed)
+    with torch.no_grad():
+        return distance(model, end, y)
