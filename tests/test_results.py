@@ -85,6 +85,58 @@ BATCHOUT_SUMS = {
     ("figure5a", "fgsm"): "k 822",
 }
 
+# Of Mustafa et al., parsed from the text: sums of the rows, and of the columns.
+PROTOTYPE_SUMS = {
+    "table2 mnist": (
+        "192.22 599.83 710.04 730.78",
+        "396.96 138.9 100.2 116.2 103.11 94.2 272.1 253.4 263.9 253.5 240.4",
+    ),
+    "table2 cifar10": (
+        "273.71 699.25 782.48 802.89",
+        "364.42 239.8 124.5 135.4 127.2 116.41 301.9 289.7 290.7 289.5 278.8",
+    ),
+    "table2 cifar100": (
+        "280.14 564.00 588.51 601.32",
+        "281.98 199.1 98.6 104.1 99.22 93.57 238.2 230.1 233.6 231.9 223.6",
+    ),
+    "table2 fashion-mnist": (
+        "262.81 606.02 738.13 747.60",
+        "365.16 140.0 99.7 110.4 103.7 96.3 308.8 283.3 285.9 284.1 277.2",
+    ),
+    "table2 svhn": (
+        "319.05 685.66 797.18 813.26",
+        "376.35 256.5 139.5 153.0 141.0 131.5 304.3 279.0 285.0 283.7 265.3",
+    ),
+    "table3 cifar10": (
+        "409.27 503.56 520.01",
+        "273.62 215.45 218.4 120.19 124.5 123.92 127.2 113.16 116.4",
+    ),
+    "table3 fashion-mnist": (
+        "274.02 422.83 427.10",
+        "273.65 127.4 131.3 97.8 99.6 100.3 103.7 93.9 96.3",
+    ),
+    "table4 cifar100": ("178.0 208.2 324.3 364.6 372.9", "352.1 203.4 157.8 213.5 158.7 209.5 153"),
+    "table5 fashion-mnist": ("301.1 337.4", "176.8 164.8 148.9 148.0"),
+    "table5 svhn": ("247.2 344.4", "177.3 144.3 136.1 133.9"),
+    "table5 cifar10": ("262.6 316.7", "176.7 146.0 129.1 127.5"),
+    "table5 cifar100": ("144.4 38.6", "61.6 29.3 27.3 64.8"),
+    "table6 cifar10": ("121.65 144.54 212.91 282.15", "157.71 134.76 241.65 227.13"),
+    "table7 cifar10": (
+        "112.21 98.02 120.92 132.96 142.31 151.69 166.69 185.39",
+        "698.47 319.80 91.92",
+    ),
+    "table8 cifar10": (
+        "329.6 389.5 457.9 379.4 604.0 742.4 717.2 822.8 866.7",
+        "796.2 533.9 399.7 439.0 289.0 393.9 264.9 715.4 517.5 317.4 392.4 250.2",
+    ),
+    "table9 mnist": (
+        "428.4 620.7 631.4 788.8 903.2 956.8 1014.6 1027.0",
+        "793.1 701.6 477.6 623.3 443.8 576.3 391.6 699.7 561.2 213.4 544.4 344.9",
+    ),
+}
+OURS = ["Ours", "Ours + AdvTrain FGSM", "Ours + AdvTrain PGD"]
+ATTACKS = ["fgsm", "bim", "mim", "pgd"]
+
 
 def stored(store: Path) -> pd.DataFrame:
     file = store / "results" / f"{CHAPTER}.csv"
@@ -156,6 +208,74 @@ def test_the_figures_of_batchout_are_read_off_and_its_clean_accuracies_printed()
             assert cells["value"][-5:].is_monotonic_decreasing, name
     shares = frame.loc[frame["table"] == "figure5a", "row"].tolist()
     assert shares == [f"k = {k / 10}" for k in range(1, 11)]
+
+
+def test_the_tables_of_prototype_conformity_are_transcribed() -> None:
+    frame = printed("prototype_conformity")
+    frame = frame[frame["table"] != "cited"]
+    assert not frame.duplicated(KEY).any() and set(frame["metric"]) == {"accuracy"}
+    assert (frame["column"].str.partition(" ")[0] == frame["dataset"]).all()
+    found = {}
+    for (table, dataset), cells in frame.groupby(["table", "dataset"], sort=False):
+        sums = [cells.groupby(by, sort=False)["value"].sum() for by in ("row", "column")]
+        found[f"{table} {dataset}"] = sums
+    assert [*found] == [*PROTOTYPE_SUMS]
+    for name, expected in PROTOTYPE_SUMS.items():
+        for sums, text in zip(found[name], expected, strict=True):
+            assert sums.tolist() == pytest.approx([*map(float, text.split())], abs=1e-9), name
+    by_others = ["AdvTrain", "Yu et al.", "Ross et al.", "Pang et al.", "Madry et al."]
+    for name, rows in {
+        "table2 mnist": ["Softmax", *OURS],
+        "table3 cifar10": OURS,
+        "table4 cifar100": ["Softmax", "ADP", *OURS],
+        "table5 svhn": ["Song et al.", OURS[2]],
+        "table6 cifar10": ["VGG-19", "AdvTrain", "Madry et al.", "Ours"],
+        "table8 cifar10": ["Softmax", *by_others, *OURS],
+        "table9 mnist": ["Softmax", *by_others[:-1], *OURS],
+    }.items():
+        assert [*found[name][0].index] == rows
+    for name, columns in {
+        "table2 svhn": "fgsm 0.03, bim 0.03, c&w 0.1, mim 0.03, pgd 0.03",
+        "table2 fashion-mnist": "fgsm 0.3, bim 0.3, c&w 10, mim 0.3, pgd 0.3",
+        "table4 cifar100": "bim 0.005, bim 0.01, mim 0.005, mim 0.01, pgd 0.005, pgd 0.01",
+        "table5 cifar10": "fgsm 4/255, mim 4/255, pgd 4/255",
+        "table7 cifar10": "fgsm 0.03, pgd 0.03",
+        "table8 cifar10": "fgsm 0.02, fgsm 0.04, bim 0.01, bim 0.02, mim 0.01, mim 0.02, "
+        "c&w 0.001, c&w 0.01, c&w 0.1, pgd 0.01, pgd 0.02",
+        "table9 mnist": "fgsm 0.1, fgsm 0.2, bim 0.1, bim 0.15, mim 0.1, mim 0.15, "
+        "c&w 0.1, c&w 1.0, c&w 10.0, pgd 0.1, pgd 0.15",
+    }.items():
+        attacks = columns.split(", ")
+        attacks += [f"black-box {c}" for c in attacks] if name.startswith("table2") else []
+        dataset = name.split()[1]
+        assert [*found[name][1].index] == [f"{dataset} {c}" for c in ["clean", *attacks]]
+
+
+def test_prototype_conformity_repeats_table_2_but_for_one_cell() -> None:
+    """Where the paper prints a number twice both are here; Table 9 has one that differs."""
+    cells = printed("prototype_conformity").set_index(KEY)["value"]
+    cells.index = cells.index.droplevel("metric")
+    for dataset, own, eps in (("cifar10", "8/255", "0.03"), ("fashion-mnist", "0.3", "0.3")):
+        for row_name in OURS:
+            places = [(f"{dataset} {a} {own}", f"{dataset} {a} {eps}") for a in ATTACKS]
+            for third, second in [(f"{dataset} clean",) * 2, *places]:
+                assert cells["table3", row_name, third] == cells["table2", row_name, second]
+    both = [
+        (cells["table9", name, "mnist c&w 10.0"], cells["table2", name, "mnist c&w 10"])
+        for name in ("Softmax", *OURS)
+    ]
+    assert both == [(0.2, 0.2), (29.1, 29.1), (39.7, 40.9), (46.0, 46.0)]
+    for table, dataset in (("table4", "cifar100"), ("table8", "cifar10"), ("table9", "mnist")):
+        for name in ("Softmax", *OURS):
+            clean = f"{dataset} clean"
+            rounded = pytest.approx(cells["table2", name, clean], abs=0.05 + 1e-9)
+            assert cells[table, name, clean] == rounded
+    for row_name, name in (("None", "Softmax"), ("Layer 3+4+5", "Ours")):
+        for column in ("clean", "fgsm 0.03", "pgd 0.03"):
+            expected = pytest.approx(cells["table2", name, f"cifar10 {column}"], abs=0.05 + 1e-9)
+            assert cells["table7", row_name, f"cifar10 {column}"] == expected
+    from_vgg = cells["table6", "Ours", "cifar10 crafted on VGG-19"]
+    assert from_vgg == cells["table2", OURS[2], "cifar10 black-box pgd 0.03"]
 
 
 def test_columns_begin_with_their_data_set_and_metrics_are_known() -> None:
