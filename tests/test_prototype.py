@@ -403,6 +403,8 @@ def test_without_taps_it_is_cross_entropy() -> None:
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-6)
     for a, b in zip(*(torch.autograd.grad(v, weights) for v in values), strict=True):
         torch.testing.assert_close(a, b)
+    exact = joint(model.double(), x.double(), y)
+    assert exact.shape == (6,) and exact.dtype == torch.float32
 
 
 # Training, stopped and resumed
@@ -787,7 +789,9 @@ def test_resnet110_is_that_of_table_1(channels: int, classes: int, blocks: int) 
     assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [1024, classes]
 
 
-def test_a_small_resnet_runs_forward_and_backward() -> None:
+def test_the_papers_resnet_is_the_default_and_a_small_one_runs() -> None:
+    with torch.device("meta"):
+        assert len([*resnet110().get_submodule("layer4").children()]) == 12
     logits = resnet110(7, channels=1, blocks=1)(torch.rand(3, 1, 32, 32))
     assert logits.shape == (3, 7) and logits.isfinite().all()
     logits.sum().backward()
