@@ -336,7 +336,7 @@ class Bottleneck(nn.Module):
 def vgg19(num_classes: int = 10, channels: int = 3) -> nn.Sequential:
     """VGG-19 (Simonyan & Zisserman, 2015) for small images, with batch normalization.
 
-    (N, channels, H, W), H and W of 28 to 32, to (N, num_classes): zeros are added up to 32 pixels,
+    (N, channels, H, W), H and W of 28 to 32, to (N, num_classes): a gray frame fills up 32 pixels,
     and one linear layer follows the sixteen convolutions.
     """
     layers: list[nn.Module] = [Center(), PadTo(32)]
