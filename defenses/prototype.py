@@ -106,18 +106,18 @@ class Prototypes(nn.Module):
             return released_conformity(f, y, self.w[tap], self.v[tap])
         return conformity(f, y, self.w[tap])
 
-    def groups(self, rate: float, **own: float) -> list[dict]:
-        """Groups for `torch.optim.SGD`: all weights at ``rate``, the prototypes as the code has it.
+    def groups(self, rate: float, w: float = 0.5, v: float = 1.0) -> list[dict]:
+        """Groups for `torch.optim.SGD`: all weights at ``rate``, the prototypes at their own.
 
-        They move at 0.5 and 1 (the code divides their gradient by the term's weight, and takes
-        1e-4), without momentum and weight decay. ``w`` and ``v`` set other rates.
+        The prototypes move without momentum and weight decay, at the rates of the authors' code,
+        which divides their gradient by the term's weight and takes 0.5 and 1e-4.
         """
         still = {"momentum": 0.0, "weight_decay": 0.0}
-        rest = [*self.network.parameters(), *self.branches.parameters()]
-        groups = [{"params": rest, "lr": rate}]
-        for name, at in ({"w": 0.5, "v": 1.0} | own).items():
-            if params := list(getattr(self, name).parameters()):
-                groups.append({"params": params, "lr": at, **still})
+        weights = [*self.network.parameters(), *self.branches.parameters()]
+        groups: list[dict] = [{"params": weights, "lr": rate}]
+        for prototypes, own in ((self.w, w), (self.v, v)):
+            if params := list(prototypes.parameters()):
+                groups.append({"params": params, "lr": own, **still})
         return groups
 
 
