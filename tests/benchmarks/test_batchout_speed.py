@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from defenses.batchout import MNIST_ETA, BatchOut, to_noise
 from defenses.models import mnist_batchout
-from defenses.training import cross_entropy, rounded
+from defenses.training import Loss, cross_entropy, rounded
 from tests.benchmarks.test_jacobian_speed import BATCH, batch, beside
 from tests.benchmarks.test_training_speed import DEVICE, Note, in_turns, ratio, threads
 
@@ -44,9 +44,17 @@ def trainer(options: dict[str, Any] | None) -> Callable[[Tensor, Tensor], None]:
     model = mnist_batchout(behind=behind).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.train().parameters(), 1e-3)
 
+    return fitting(model, cross_entropy, optimizer)
+
+
+def fitting(
+    model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor, Tensor], None]:
+    """Return a step as `fit` takes it."""
+
     def step(x: Tensor, y: Tensor) -> None:
         with rounded(DEVICE):
-            value = cross_entropy(model, x, y)
+            value = loss(model, x, y)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

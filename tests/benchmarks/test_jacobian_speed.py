@@ -100,10 +100,15 @@ def growth(name: str) -> int:
 
 
 def beside(
-    what: str, seconds: Mapping[str, list[float]], ours: str, theirs: str, at_most: float = 0
+    what: str,
+    seconds: Mapping[str, list[float]],
+    ours: str,
+    theirs: str,
+    at_most: float = 0,
+    n: int = BATCH,
 ) -> list[dict[str, Any]]:
-    """`rows` of this batch; without a bound where none is set."""
-    kept = [row | {"n": BATCH} for row in rows(what, seconds, ours, theirs, at_most)]
+    """`rows` of a batch of `n`; without a bound where none is set."""
+    kept = [row | {"n": n} for row in rows(what, seconds, ours, theirs, at_most)]
     return [row for row in kept if at_most or row["metric"] != "at most"]
 
 

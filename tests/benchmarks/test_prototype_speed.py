@@ -4,9 +4,8 @@ And what our PReLU costs, beside PyTorch's. Steps take turns as in `test_trainin
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -14,16 +13,10 @@ from torch import Tensor, nn
 
 from defenses.models import PReLU, mnist_six
 from defenses.prototype import Prototypes, prototype_conformity
-from defenses.training import cross_entropy, rounded
-from tests.benchmarks.test_training_speed import (
-    BATCH,
-    DEVICE,
-    Note,
-    in_turns,
-    ratio,
-    rows,
-    threads,
-)
+from defenses.training import cross_entropy
+from tests.benchmarks.test_batchout_speed import fitting
+from tests.benchmarks.test_jacobian_speed import beside
+from tests.benchmarks.test_training_speed import BATCH, DEVICE, Note, in_turns, ratio, threads
 
 TURNS = 15
 AT_MOST, OF_PYTORCHS = 1.15, 0.5
@@ -50,22 +43,7 @@ def trainer(kind: str) -> Callable[[Tensor, Tensor], None]:
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=1e-4)
     loss = cross_entropy if plain else prototype_conformity()
 
-    def step(x: Tensor, y: Tensor) -> None:
-        with rounded(DEVICE):
-            value = loss(model, x, y)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-
-    return step
-
-
-def kept(
-    what: str, seconds: Mapping[str, list[float]], ours: str, theirs: str, at_most: float = 0
-) -> list[dict[str, Any]]:
-    """`rows`, without a bound where none is set."""
-    found = rows(what, seconds, ours, theirs, at_most)
-    return [row for row in found if at_most or row["metric"] != "at most"]
+    return fitting(model, loss, optimizer)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -80,7 +58,7 @@ def test_a_step_with_prototypes_costs_little_more_than_a_plain_one(count: int, n
             step = 1000 * statistics.median(taken)
             print(f"{kind:>10} {step:7.1f} ms, {ratio(taken, seconds['plain']):5.3f} of plain")
         for kind, what in COSTS.items():
-            note(kept(what, seconds, kind, "plain", AT_MOST if kind == "Eq. 5" else 0))
+            note(beside(what, seconds, kind, "plain", AT_MOST if kind == "Eq. 5" else 0, BATCH))
     assert ratio(seconds["Eq. 5"], seconds["plain"]) <= AT_MOST
 
 
@@ -108,5 +86,7 @@ def test_our_prelu_takes_half_the_time_of_pytorchs(count: int, note: Note) -> No
         print(f"\nPReLU of {BATCH} × 32 × 28 × 28, bfloat16, {DEVICE}, {count} threads")
         for name, taken in seconds.items():
             print(f"{name:>10} {1000 * statistics.median(taken):7.2f} ms")
-        note(kept("our PReLU, beside PyTorch's", seconds, "ours", "PyTorch's", OF_PYTORCHS))
+        note(
+            beside("our PReLU, beside PyTorch's", seconds, "ours", "PyTorch's", OF_PYTORCHS, BATCH)
+        )
     assert ratio(seconds["ours"], seconds["PyTorch's"]) <= OF_PYTORCHS
