@@ -201,6 +201,21 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Te
     return pixels[n, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def gaussian_noise(x: Tensor, generator: torch.Generator, sigma: float = 0.5) -> Tensor:
+    """Return images under noise of standard deviation `sigma`, cut off at 0 and 1.
+
+    Parameters
+    ----------
+    x : Tensor, (N, C, H, W), in [0,1]
+    generator : torch.Generator
+    sigma : float, at least 0, in units of pixels
+    """
+    if not sigma >= 0:
+        raise ValueError(f"sigma must not be negative, got {sigma}")
+    noise = torch.empty_like(x).normal_(std=sigma, generator=generator)
+    return (x + noise).clamp_(0, 1)
+
+
 def _root(root: str | Path | None) -> Path:
     if root is None:
         root = os.environ.get("DEFENSES_DATA") or Path(torch.hub.get_dir()).parent / "defenses"

@@ -1,7 +1,7 @@
 r"""Feature denoising (Xie et al., 2019): each feature becomes a weighted mean of features.
 
 Every operation maps x (N, C, H, W) to :math:`y_i = \frac{1}{\mathcal{C}(x)} \sum_j f(x_i, x_j)\,
-x_j` of the same shape (Eq. 3), where j runs over all places of the map, or over a window.
+x_j` of the same shape (Sec. 4), where j runs over all places of the map, or over a window.
 """
 
 from __future__ import annotations
@@ -16,27 +16,47 @@ from torch import Tensor, nn
 Operation = Callable[[Tensor], Tensor]
 
 
+FEW_PLACES = 256  # up to here a CPU is three times as fast with the weights written out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each place's mean of v (N, P, C) by the weights softmax(q kᵀ/√d); q and k are (N, P, d ≤ C).
+
+    Beyond `FEW_PLACES`, and on a GPU, PyTorch's fused kernel never holds the P × P weights. It
+    wants q and k as wide as v, and zeros change no product.
+    """
+    places, d = q.shape[1:]
+    if q.device.type == "cpu" and places <= FEW_PLACES:
+        f = torch.bmm(q * d**-0.5, k.mT)
+        return torch.bmm(f.softmax(dim=2, dtype=f.dtype), v.to(f.dtype))
+    q, k = (F.pad(h, (0, v.shape[2] - d)).to(v.dtype) for h in (q, k))
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=d**-0.5)[:, 0]
+
+
 class NonLocal(nn.Module):
     r"""Non-local means with the softmax weights :math:`f = e^{\theta(x_i)^\top\phi(x_j)/\sqrt d}`.
 
     θ and φ are 1×1 convolutions to half of the channels, which start from N(0, 0.01²) as in the
-    authors' code; not ``embedded`` they are the identity. The HW × HW weights are never held where
-    PyTorch has a fused kernel.
+    authors' code; not ``embedded`` they are the identity.
     """
 
     def __init__(self, channels: int, embedded: bool = True) -> None:
         super().__init__()
-        self.theta = (
-            nn.Conv2d(channels, channels // 2, 1, bias=False) if embedded else nn.Identity()
-        )
-        self.phi = nn.Conv2d(channels, channels // 2, 1, bias=False) if embedded else nn.Identity()
+        self.theta: nn.Module = nn.Identity()
+        self.phi: nn.Module = nn.Identity()
+        if embedded:
+            self.theta, self.phi = (
+                nn.Conv2d(channels, channels // 2, 1, bias=False) for _ in range(2)
+            )
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (h.flatten(2).transpose(1, 2) for h in (self.theta(x), self.phi(x), x))
-        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
-        return y[:, 0].transpose(1, 2).reshape(x.shape)
+        n, c, h, w = x.shape
+        q, k, v = (
+            u.permute(0, 2, 3, 1).reshape(n, h * w, -1) for u in (self.theta(x), self.phi(x), x)
+        )
+        return attention(q, k, v).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def dot_product(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .attacks.contract import attacking
+from .attacks.contract import attacking, relative_norm
 from .attacks.gradient import pgd
 from .attacks.losses import PerImageLoss, objective
 from .evaluation import Accuracy, Robustness, Share, Split, mean_size, on_device_of, wilson
@@ -233,3 +233,70 @@ def reach(
     end = climb(model, x, y, loss=distance, seed=seed)
     with torch.no_grad():
         return distance(model, end, y)
+
+
+def feature_noise(model: nn.Sequential, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
+    r"""How much of a perturbation is left behind each layer, after Xie et al. (2019), Fig. 2.
+
+    :math:`\lVert f(x_{adv}) - f(x) \rVert_2 / \lVert f(x) \rVert_2` of the layer's output, which
+    stays as it is when a layer is multiplied by a constant.
+
+    Parameters
+    ----------
+    model : Sequential
+        Looked at in eval mode.
+    x, x_adv : Tensor
+        Images (N, C, H, W) and their twins, in [0, 1].
+
+    Returns
+    -------
+    dict of Tensor
+        By the layer's name, in order; (N,) each.
+    """
+    noise, features, twins = {}, x, x_adv
+    with attacking(model, x), torch.no_grad():
+        for name, layer in model.named_children():
+            features, twins = layer(features), layer(twins)
+            noise[name] = relative_norm(twins, features)
+    return noise
+
+
+def loss_surface(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    directions: tuple[Tensor, Tensor],
+    *,
+    radius: float,
+    points: int = 41,
+    loss: str = "ce_textbook",
+) -> Tensor:
+    """The loss at x + a·u + b·v, clipped to [0, 1], around one image.
+
+    So Engstrom et al. (2018), Fig. 1, looked at adversarial logit pairing.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        One image (1, C, H, W) and its label (1,).
+    directions : (u, v)
+        Like `x`; there, the sign of the gradient and a random sign a pixel.
+    radius : float
+        a and b run over [-radius, radius], in ``points`` steps.
+    loss : str
+        As for `defenses.attacks.pgd`.
+
+    Returns
+    -------
+    Tensor
+        (points, points), a along the rows.
+    """
+    along = torch.linspace(-radius, radius, points, device=x.device)
+    rows = []
+    with attacking(model, x, y) as logits_of, torch.no_grad():
+        climb = objective(model, logits_of, loss)
+        steps = along[:, None, None, None]
+        for a in along:
+            grid = (x + a * directions[0] + steps * directions[1]).clamp(0, 1)
+            rows.append(climb(grid, y.expand(points), None)[0])
+    return torch.stack(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -156,32 +156,45 @@ def compact_network(
 
 
 def mnist_tutorial(
-    num_classes: int = 10, dropout: float = 0.5, fixed_head: bool = False
+    num_classes: int = 10,
+    dropout: float = 0.5,
+    fixed_head: bool = False,
+    behind: Mapping[str, nn.Module] | None = None,
 ) -> nn.Sequential:
     """The MNIST network of Jakubovitz & Giryes (2018), from TensorFlow's first tutorial.
 
     (N, 1, 28, 28) to (N, num_classes). Weights start as the tutorial's: a normal distribution of
     deviation 0.1 cut off at 0.2, and biases of 0.1. With ``fixed_head`` the last layer's weights
-    are orthonormal and not trained (Appendix A).
+    are orthonormal and not trained (Appendix A). Without dropout it is the network of Madry et al.
+    (2018). ``behind`` places modules, such as :class:`defenses.denoising.Denoise`, behind the pools
+    of 32 and 64 maps, ``"pool1"`` and ``"pool2"``.
     """
-    model = nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(7 * 7 * 64, 1024),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(1024, num_classes),
-    )
+    layers: list[nn.Module | str] = [nn.Conv2d(1, 32, 5, padding=2), nn.ReLU()]
+    layers += [nn.MaxPool2d(2), "pool1", nn.Conv2d(32, 64, 5, padding=2), nn.ReLU()]
+    layers += [nn.MaxPool2d(2), "pool2", nn.Flatten(), nn.Linear(7 * 7 * 64, 1024), nn.ReLU()]
+    model = _with_places([*layers, nn.Dropout(dropout), nn.Linear(1024, num_classes)], behind)
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
             nn.init.constant_(cast(Tensor, layer.bias), 0.1)
     return with_fixed_head(model) if fixed_head else model
+
+
+def mnist_fast(
+    num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None
+) -> nn.Sequential:
+    """The MNIST network of Wong et al. (2020): two strided convolutions and 100 hidden units.
+
+    (N, 1, 28, 28) to (N, num_classes), in a twentieth of the multiplications of
+    :func:`mnist_tutorial`. ``behind`` places modules behind the activations of 16 and 32 maps,
+    ``"conv1"`` (14×14) and ``"conv2"`` (7×7).
+    """
+    layers: list[nn.Module | str] = [nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(), "conv1"]
+    layers += [nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(), "conv2", nn.Flatten()]
+    layers += [nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, num_classes)]
+    model = _with_places(layers, behind)
+    he_initialized(nn.Sequential(*[m for m in model if isinstance(m, nn.Conv2d | nn.Linear)]))
+    return model
 
 
 def cifar_four_sets(
@@ -249,16 +262,23 @@ def cifar_batchout(
 def _batchout_network(
     layers: Sequence[nn.Module | str], behind: Mapping[str, nn.Module] | None
 ) -> nn.Sequential:
-    behind, places = dict(behind or {}), [name for name in layers if isinstance(name, str)]
-    if unknown := behind.keys() - set(places):
-        raise ValueError(f"no layer {sorted(unknown)}; expected some of {places}")
-    modules = [behind.get(m) if isinstance(m, str) else m for m in layers]
-    model = nn.Sequential(*[module for module in modules if module is not None])
+    model = _with_places(layers, behind)
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)  # Lasagne's default
             nn.init.zeros_(cast(Tensor, layer.bias))
     return model
+
+
+def _with_places(
+    layers: Sequence[nn.Module | str], behind: Mapping[str, nn.Module] | None
+) -> nn.Sequential:
+    """The layers in a row; a name among them is a place, which a module of that name may take."""
+    behind, places = dict(behind or {}), [name for name in layers if isinstance(name, str)]
+    if unknown := behind.keys() - set(places):
+        raise ValueError(f"no layer {sorted(unknown)}; expected some of {places}")
+    modules = [behind.get(m) if isinstance(m, str) else m for m in layers]
+    return nn.Sequential(*[module for module in modules if module is not None])
 
 
 class PReLU(nn.PReLU):
@@ -302,16 +322,49 @@ def resnet110(num_classes: int = 10, channels: int = 3, blocks: int = 12) -> nn.
     layers["layer1"] = nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
     )
-    inputs = 16
-    for i, width in enumerate((16, 32, 64), 2):
-        stage = []
-        for block in range(blocks):
-            stage.append(Bottleneck(inputs, width, stride=2 if block == 0 and i > 2 else 1))
-            inputs = 4 * width
-        layers[f"layer{i}"] = nn.Sequential(*stage)
+    for i, (inputs, width) in enumerate(((16, 16), (64, 32), (128, 64)), 2):
+        layers[f"layer{i}"] = _stage(inputs, width, blocks, stride=1 if i == 2 else 2)
     layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-    layers |= {"layer5": nn.Linear(inputs, 1024), "layer6": nn.Linear(1024, num_classes)}
+    layers |= {"layer5": nn.Linear(256, 1024), "layer6": nn.Linear(1024, num_classes)}
     return he_initialized(nn.Sequential(layers))
+
+
+def resnet_denoising(
+    num_classes: int = 10,
+    channels: int = 3,
+    widths: Sequence[int] = (16, 32, 64, 128),
+    blocks: int = 3,
+    denoise: Callable[[int], nn.Module] | None = None,
+) -> nn.Sequential:
+    """A residual network for small images in the manner of Xie et al. (2019), Sec. 5.
+
+    (N, channels, H, W), H and W at least 8, to (N, num_classes). Four stages ``res2`` to ``res5``
+    of bottlenecks, the last three at half the resolution of the one before. ``denoise``, given the
+    number of channels, makes the block that stands behind each stage. Widths and depth are ours:
+    the paper's networks are for ImageNet.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict(center=Center())
+    layers["conv1"] = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+    layers |= {"norm1": nn.BatchNorm2d(widths[0]), "relu1": nn.ReLU()}
+    inputs = widths[0]
+    for i, width in enumerate(widths, 2):
+        layers[f"res{i}"] = _stage(inputs, width, blocks, stride=1 if i == 2 else 2)
+        inputs = 4 * width
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    model = he_initialized(nn.Sequential(layers | {"fc": nn.Linear(inputs, num_classes)}))
+    if denoise is None:
+        return model
+    layers = OrderedDict()
+    for name, layer in model.named_children():  # after the draw, which blocks make for themselves
+        layers[name] = layer
+        if name.startswith("res"):
+            layers[f"denoise{name[3:]}"] = denoise(4 * widths[int(name[3:]) - 2])
+    return nn.Sequential(layers)
+
+
+def _stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    first, more = Bottleneck(inputs, width, stride), range(blocks - 1)
+    return nn.Sequential(first, *[Bottleneck(4 * width, width) for _ in more])
 
 
 class Bottleneck(nn.Module):

@@ -54,6 +54,7 @@ def fit(
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     batch_size: int = 128,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    probe: Callable[[nn.Module], Mapping[str, float]] | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -72,6 +73,10 @@ def fit(
         Stepped once an epoch.
     augment : callable (x, generator) -> x, optional
         Applied to each batch, e.g. :func:`defenses.data.crop_and_flip`.
+    probe : callable (model) -> {name: number}, optional
+        Looks at the model, in eval mode, after each epoch; what it finds joins the history, and
+        what it draws changes nothing. If it raises, training ends there, and the checkpoint is
+        that of the epoch before.
     seed : int
         Fixes the order of the images, the augmentation and dropout. The weights at the start are
         the model's own.
@@ -83,7 +88,8 @@ def fit(
     Returns
     -------
     list of dict
-        One an epoch: ``epoch``, ``loss`` (mean over the images), ``seconds``.
+        One an epoch: ``epoch``, ``loss`` (mean over the images), ``seconds`` (without the probe),
+        and what ``probe`` found.
 
     Raises
     ------
@@ -137,6 +143,8 @@ def fit(
                 )
             seconds = time.perf_counter() - start
             history.append({"epoch": epoch + 1, "loss": mean, "seconds": seconds})
+            if probe is not None:
+                history[-1] |= probe(model.eval())
             if checkpoint is not None:
                 _save(checkpoint, run, parts, history)
     model.eval()

@@ -188,7 +188,7 @@ def _attack(
         x, y = x.detach().clone(), y.clone()
         target = None if target is None else target.clone()
         lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-        climb = objective(model, logits_of, loss)
+        climb = objective(model, logits_of, loss, judged=early_stop)
         ascent = _Ascent(logits_of, climb, y, target, lower, upper, step_size, decay)
         starts = (draw(x, eps) if draw else x for _ in range(restarts))
         if not early_stop:

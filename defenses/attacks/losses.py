@@ -110,7 +110,9 @@ def runners_up(logits: Tensor, y: Tensor, count: int) -> Tensor:
 LOSSES = {"ce": log_odds, "ce_textbook": cross_entropy, "margin": margin, "dlr": dlr}
 
 
-def objective(model: nn.Module, logits_of: Forward, loss: str | PerImageLoss) -> Objective:
+def objective(
+    model: nn.Module, logits_of: Forward, loss: str | PerImageLoss, *, judged: bool = True
+) -> Objective:
     """What an attack climbs: ``(x, y, target) -> (value (N,), logits (N, K))``.
 
     Without a target the loss of `y` is climbed; with one, the loss of the target is descended.
@@ -121,9 +123,11 @@ def objective(model: nn.Module, logits_of: Forward, loss: str | PerImageLoss) ->
         ``"ce"`` (`log_odds`), ``"ce_textbook"`` (`cross_entropy`), ``"margin"``, ``"dlr"``, or
         ``(model, x, y) -> loss (N,)``, the hook for adaptive attacks; success is then judged on a
         forward pass of its own.
+    judged : bool
+        False spares a callable loss that pass: the logits are then an empty tensor.
     """
     if callable(loss):
-        return partial(_of_callable, model, logits_of, loss)
+        return partial(_of_callable, model, logits_of, loss, judged)
     if loss not in LOSSES:
         raise ValueError(
             f"loss is {loss!r}, expected one of {', '.join(LOSSES)}, "
@@ -147,6 +151,7 @@ def _of_callable(
     model: nn.Module,
     logits_of: Forward,
     loss: PerImageLoss,
+    judged: bool,
     x: Tensor,
     y: Tensor,
     target: Tensor | None,
@@ -158,7 +163,7 @@ def _of_callable(
             "image, not their mean"
         )
     with torch.no_grad():
-        return value, logits_of(x)
+        return value, logits_of(x) if judged else value.new_empty(0)
 
 
 def _at(logits: Tensor, y: Tensor) -> Tensor:
