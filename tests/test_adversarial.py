@@ -3,18 +3,33 @@
 import copy
 import functools
 import math
+from collections.abc import Callable
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from defenses.adversarial import adversarial, mixed_batch
+from defenses.adversarial import (
+    Attack,
+    adversarial,
+    adversarial_logit_pairing,
+    clean_logit_pairing,
+    collapsed,
+    divergence,
+    drawn_radius,
+    logit_squeezing,
+    mixed_batch,
+    trades,
+)
 from defenses.attacks import fgsm, pgd
+from defenses.attacks.losses import PerImageLoss
 from defenses.data import load_data
 from defenses.evaluation import evaluate
 from defenses.models import mnist_compact
-from defenses.training import cross_entropy, fit, label_smoothing
+from defenses.training import Loss, cross_entropy, fit, label_smoothing
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +187,244 @@ def test_half_the_batch_is_attacked_by_default_and_objectives_compose(
 def test_a_share_of_the_batch_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got"):
         mixed_batch(darken, share)
+
+
+# Predictions and logits in pairs
+
+
+def softmax_pair(seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.manual_seed(seed)
+    z, d = (torch.randn(50, 10, dtype=torch.float64, generator=generator) for _ in range(2))
+    return scale * z, d
+
+
+def test_the_divergence_is_that_of_the_definition() -> None:
+    z, d = softmax_pair(0)
+    p, q = z.softmax(1), (z + d).softmax(1)
+    expected = (p * (p / q).log()).sum(1)
+    torch.testing.assert_close(divergence(z, z + d).double(), expected, atol=1e-5, rtol=1e-4)
+    assert divergence(z, z + d).dtype == torch.float32  # as every loss of this book
+    assert torch.equal(divergence(z.bfloat16(), (z + d).bfloat16()).isfinite(), torch.ones(50) > 0)
+
+
+@hypothesis.given(st.integers(0, 1000), st.floats(-20, 20))
+def test_the_divergence_sees_no_common_shift_and_is_never_negative(seed: int, by: float) -> None:
+    z, d = softmax_pair(seed)
+    assert (divergence(z, z + d) > 0).all()
+    assert (divergence(z, z + by).abs() < 1e-4).all()
+
+
+@hypothesis.given(st.integers(0, 1000), st.floats(0.01, 10))
+def test_the_divergence_is_at_most_a_quarter_of_the_squared_distance(seed: int, t: float) -> None:
+    z, d = softmax_pair(seed)
+    assert (divergence(z, z + t * d) <= t**2 * d.square().sum(1) / 4 + 1e-5).all()
+
+
+def test_for_small_changes_the_divergence_is_half_a_variance() -> None:
+    z, d = softmax_pair(1, scale=1.0)
+    p = z.softmax(1)
+    variance = (p * d**2).sum(1) - (p * d).sum(1) ** 2
+    t = 0.05
+    torch.testing.assert_close(
+        divergence(z, z + t * d).double() / t**2, variance / 2, atol=5e-3, rtol=0.2
+    )
+
+
+def test_trades_is_cross_entropy_and_the_divergence_of_the_predictions(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    model, (x, y) = linear(), batch
+
+    def darkened(model: nn.Module, x: Tensor, y: Tensor, loss: object) -> Tensor:
+        return darken(model, x, y)
+
+    z, dark = model(x), model(0.5 * x)
+    for beta in (0.0, 2.0):
+        expected = F.cross_entropy(z, y) + beta * divergence(z, dark).mean()
+        ours = trades(darkened, beta)(model, x, y)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, [*model.parameters()], retain_graph=True),
+            torch.autograd.grad(expected, [*model.parameters()], retain_graph=True),
+        )
+
+
+def test_the_attack_of_trades_climbs_away_from_the_prediction_and_needs_no_label(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mnist_compact(norm="batch").train(), batch
+    seen = []
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, loss: PerImageLoss) -> Tensor:
+        held = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            z = held(x)
+            at_image = loss(held, x, y)
+            elsewhere = loss(held, 0.5 * x, (y + 1) % 10)
+        seen.append(torch.allclose(elsewhere, divergence(z, held(0.5 * x)), atol=1e-5))
+        seen.append(bool((at_image.abs() < 1e-5).all()))
+        climbed = pgd(model, x, y, eps=0.2, step_size=0.05, steps=5, early_stop=False, loss=loss)
+        with torch.no_grad():
+            far, start = loss(held, climbed, y), loss(held, x + 0.2 * torch.rand_like(x), y)
+        seen.append(float(far.mean()) > float(start.mean()))
+        return climbed
+
+    trades(attack)(model, x, y)
+    assert seen == [True] * 3
+
+
+PAIRED: dict[str, Callable[[Attack], Loss]] = {
+    "trades": lambda attack: trades(lambda *a, loss: attack(*a)),
+    "alp": adversarial_logit_pairing,
+    "plain + alp": functools.partial(adversarial_logit_pairing, share=0.0),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pairs_pass_as_one_batch_and_leave_no_trace(
+    name: str, autocast: bool, batch: tuple[Tensor, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mnist_compact(norm="batch").train(), batch
+    twin, modes = copy.deepcopy(model), [module.training for module in model.modules()]
+    attack = functools.partial(pgd, eps=0.2, step_size=0.1, steps=2, random_start=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        x_adv = attack(copy.deepcopy(model).eval(), x, y)
+        torch.manual_seed(1)
+        PAIRED[name](attack)(model, x, y)
+        torch.manual_seed(1)
+        twin(torch.cat([x, x_adv]))
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    state = twin.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+def test_adversarial_logit_pairing_is_that_of_the_paper(
+    share: float, weight: float, batch: tuple[Tensor, Tensor]
+) -> None:
+    model, (x, y) = linear(), batch
+    ours = adversarial_logit_pairing(darken, weight, share)(model, x, y)
+    z, dark = model(x), model(0.5 * x)
+    expected = (1 - share) * F.cross_entropy(z, y) + share * F.cross_entropy(dark, y)
+    expected = expected + weight * (z - dark).square().sum() / (16 * 10)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, [*model.parameters()]),
+        torch.autograd.grad(expected, [*model.parameters()]),
+    )
+
+
+@pytest.mark.parametrize(("n", "pairs"), [(16, 8), (7, 3), (2, 1)])
+def test_clean_pairs_are_the_halves_of_the_batch(
+    n: int, pairs: int, batch: tuple[Tensor, Tensor]
+) -> None:
+    model, x, y = linear(), batch[0][:n], batch[1][:n]
+    z = model(x)
+    apart = sum((z[i] - z[pairs + i]).square().sum() for i in range(pairs)) / (10 * pairs)
+    ours = clean_logit_pairing(0.7)(model, x, y)
+    torch.testing.assert_close(ours, F.cross_entropy(z, y) + 0.7 * apart)
+
+
+def test_an_image_alone_has_no_pair(batch: tuple[Tensor, Tensor]) -> None:
+    model, x, y = linear(), batch[0][:1], batch[1][:1]
+    torch.testing.assert_close(clean_logit_pairing()(model, x, y), cross_entropy(model, x, y))
+
+
+def test_squeezing_adds_the_mean_length_of_the_logits(batch: tuple[Tensor, Tensor]) -> None:
+    model, (x, y) = linear(), batch
+    z = model(x)
+    expected = F.cross_entropy(z, y) + 0.3 * z.square().sum(1).sqrt().mean()
+    torch.testing.assert_close(logit_squeezing(0.3)(model, x, y), expected)
+    for weight in model.parameters():
+        nn.init.zeros_(weight)
+    logit_squeezing()(model, x, y).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan])
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(trades, darken),
+        functools.partial(adversarial_logit_pairing, darken),
+        clean_logit_pairing,
+        logit_squeezing,
+    ],
+)
+def test_a_negative_weight_is_refused(make: Callable[[float], Loss], bad: float) -> None:
+    with pytest.raises(ValueError, match="must be at least 0, got"):
+        make(bad)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.01, math.nan])
+def test_a_share_of_pairs_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got"):
+        adversarial_logit_pairing(darken, share=share)
+
+
+SMALL = functools.partial(pgd, eps=0.1, step_size=0.05, steps=2, early_stop=False)
+ALL: dict[str, Loss] = {
+    "trades": trades(SMALL, beta=1.0),
+    "alp": adversarial_logit_pairing(SMALL),
+    "clp": clean_logit_pairing(0.1),
+    "lsq": logit_squeezing(0.1),
+    "drawn": trades(drawn_radius(SMALL, 0.0, 0.1)),
+    "alp of a share": mixed_batch(functools.partial(fgsm, eps=0.1), 0.5, clean_logit_pairing(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_objective_trains(name: str) -> None:
+    data, model = load_data("digits"), linear()
+    history = fit(model, data, epochs=3, loss=ALL[name], progress=False)
+    losses = [row["loss"] for row in history]
+    assert losses[-1] < losses[0]
+    assert evaluate(model, data.test).value > 0.8
+
+
+def test_a_drawn_radius_passes_on_what_the_attack_takes(batch: tuple[Tensor, Tensor]) -> None:
+    taken = []
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, loss: str) -> Tensor:
+        taken.append((eps, loss))
+        return x
+
+    model = linear()
+    for _ in range(20):
+        drawn_radius(attack, 0.1, 0.3)(model, *batch, loss="margin")
+    radii = [eps for eps, _ in taken]
+    assert {loss for _, loss in taken} == {"margin"}
+    assert 0.1 <= min(radii) < max(radii) <= 0.3
+
+
+# Catastrophic overfitting
+
+
+def epochs(*found: float, name: str = "pgd") -> list[dict[str, float]]:
+    return [{"epoch": i, "loss": 1.0, name: value} for i, value in enumerate(found, 1)]
+
+
+@pytest.mark.parametrize(
+    ("found", "epoch"),
+    [
+        ((0.1, 0.4, 0.5, 0.45), None),
+        ((0.1, 0.4, 0.1, 0.5, 0.0), 3),
+        ((0.5, 0.25), 2),
+        ((0.5, 0.25, 0.0), 2),
+        ((0.5, 0.375, 0.25), None),  # from one epoch to the next
+        ((0.75, 0.55), None),
+        ((0.5,), None),
+        ((), None),
+    ],
+)
+def test_a_collapse_is_a_fall_from_one_epoch_to_the_next(
+    found: tuple[float, ...], epoch: int | None
+) -> None:
+    assert collapsed(epochs(*found), drop=0.21) == epoch
+    assert collapsed(epochs(*found, name="other"), "other", 0.21) == epoch

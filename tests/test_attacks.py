@@ -501,6 +501,31 @@ def test_a_callable_loss_is_the_hook_for_adaptive_attacks() -> None:
         attack(model, x, y, loss=lambda f, x, y: margin(f(x), y).mean())
 
 
+class Counted(nn.Module):
+    """Count the forward passes of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.passes = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.model(x)
+
+
+def test_where_nothing_is_judged_a_callable_loss_costs_one_pass_a_step() -> None:
+    """So that training against it costs what training against a named loss does."""
+    model, x = Counted(net()), images(10)
+    y = predicted(model, x)
+    attack = partial(pgd, eps=0.05, step_size=0.02, steps=4, seed=0, early_stop=False)
+    found, passes = {}, {}
+    for loss in ("margin", lambda f, x, y: margin(f(x), y)):
+        model.passes = 0
+        found[loss], passes[loss] = attack(model, x, y, loss=loss), model.passes
+    assert [*passes.values()] == [4, 4]
+    assert torch.equal(*found.values())
+
+
 # The model is held still, and found again as it was
 
 

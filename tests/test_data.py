@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision import datasets
 
 from defenses import data as data_module
-from defenses.data import batches, crop_and_flip, load_data, to_float
+from defenses.data import batches, crop_and_flip, gaussian_noise, load_data, to_float
 
 RNG = np.random.default_rng(0)
 MNIST_MD5 = {
@@ -567,3 +567,30 @@ def test_crop_and_flip_reaches_every_window_and_draws_for_each_image() -> None:
     assert len(crop_and_flip(x, torch.Generator(), padding=0).unique(dim=0)) == 2
     with pytest.raises(ValueError, match="padding must not be negative"):
         crop_and_flip(x, torch.Generator(), padding=-1)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 2))
+def test_noise_stays_in_range_and_repeats(seed: int, sigma: float) -> None:
+    x = torch.rand(2, 3, 5, 4).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    noisy = gaussian_noise(x, torch.Generator().manual_seed(seed), sigma)
+    again = gaussian_noise(x, torch.Generator().manual_seed(seed), sigma)
+    assert torch.equal(noisy, again) and torch.equal(x, before)
+    assert noisy.min() >= 0 and noisy.max() <= 1 and noisy.dtype == x.dtype
+    assert noisy.is_contiguous(memory_format=torch.channels_last)
+    if sigma == 0:
+        assert torch.equal(noisy, x)
+
+
+def test_noise_has_the_deviation_that_is_asked_for() -> None:
+    gray = torch.full((20, 1, 50, 50), 0.5)
+    noise = gaussian_noise(gray, torch.Generator().manual_seed(0), 0.1) - gray
+    assert noise.mean().abs() < 2e-3 and noise.std() == pytest.approx(0.1, rel=0.02)
+    cut = gaussian_noise(gray, torch.Generator().manual_seed(0))  # 0.5: a third is cut off
+    assert ((cut == 0) | (cut == 1)).float().mean() == pytest.approx(0.3173, abs=0.01)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, float("nan")])
+def test_noise_of_negative_size_is_refused(sigma: float) -> None:
+    with pytest.raises(ValueError, match="sigma must not be negative"):
+        gaussian_noise(torch.zeros(1, 1, 2, 2), torch.Generator(), sigma)

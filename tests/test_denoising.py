@@ -2,14 +2,26 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from defenses.denoising import Denoise, NonLocal, bilateral, dot_product, mean, median
+from defenses import denoising
+from defenses.denoising import (
+    FEW_PLACES,
+    Denoise,
+    NonLocal,
+    attention,
+    bilateral,
+    dot_product,
+    mean,
+    median,
+)
 
 C, H, W = 4, 5, 6
 
@@ -130,3 +142,57 @@ def test_bfloat16_and_channels_last(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = block(x)
     assert y.shape == x.shape and y.isfinite().all()
+
+
+# Attention
+
+
+def of_attention(places: int, d: int = 3, c: int = 4) -> list[Tensor]:
+    g = torch.manual_seed(0)
+    shapes = [(2, places, d), (2, places, d), (2, places, c)]
+    return [torch.randn(*s, dtype=torch.float64, generator=g).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("few", [0, 256], ids=["fused", "written out"])
+@pytest.mark.parametrize("d", [3, 4])
+def test_both_ways_of_attention_are_the_literal_sum(
+    few: int, d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoising, "FEW_PLACES", few)
+    q, k, v = tensors = of_attention(9, d)
+    weights = (torch.einsum("nid,njd->nij", q, k) / d**0.5).softmax(dim=2)
+    expected = torch.einsum("nij,njc->nic", weights, v)
+    ours = attention(q, k, v)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.square().sum(), tensors, retain_graph=True),
+        torch.autograd.grad(expected.square().sum(), tensors),
+    )
+
+
+class Largest(TorchDispatchMode):
+    """Note the size of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                self.size = max(self.size, value.numel())
+        return out
+
+
+@pytest.mark.parametrize(("places", "held"), [(FEW_PLACES, True), (FEW_PLACES + 1, False)])
+def test_many_places_are_never_paired_in_memory(places: int, held: bool) -> None:
+    tensors = [t.detach().float().requires_grad_() for t in of_attention(places)]
+    with Largest() as largest:
+        torch.autograd.grad(attention(*tensors).square().sum(), tensors)
+    assert (largest.size >= 2 * places**2) == held
+
+
+def test_the_gradients_of_non_local_means_are_those_of_finite_differences() -> None:
+    x = features(1)[:, :, :3, :3].requires_grad_()
+    assert torch.autograd.gradcheck(embedded(), (x,))

@@ -2,17 +2,26 @@
 
 import dataclasses
 import math
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from defenses.attacks import deepfool, fgsm, pgd
-from defenses.diagnostics import ZeroGradients, loudness, masking_flags, zero_gradient_share
+from defenses.diagnostics import (
+    ZeroGradients,
+    feature_noise,
+    loss_surface,
+    loudness,
+    masking_flags,
+    zero_gradient_share,
+)
 from defenses.evaluation import (
     Accuracy,
     Perturbations,
@@ -362,3 +371,42 @@ def test_each_flag_compares_its_two_numbers() -> None:
             flag.raised for flag in masking_flags(**measured) if "margin" not in flag.sign
         )
     assert masking_flags(fgsm=low) == []
+
+
+# Features, and the surface of the loss
+
+
+def layered() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = {"flat": nn.Flatten(), "one": nn.Linear(4, 3, bias=False)}
+    layers |= {"drop": nn.Dropout(), "two": nn.Linear(3, 2, bias=False)}
+    return nn.Sequential(OrderedDict(layers)).double()
+
+
+def test_the_noise_behind_a_layer_is_relative_to_the_features() -> None:
+    model, (x, x_adv) = layered().train(), torch.rand(2, 5, 1, 2, 2).double()
+    one = model.get_parameter("one.weight")
+    noise = feature_noise(model, x, x_adv)
+    assert [*noise] == ["flat", "one", "drop", "two"] and model.training
+    flat, moved = x.flatten(1), (x_adv - x).flatten(1)
+    torch.testing.assert_close(noise["flat"], moved.norm(dim=1) / flat.norm(dim=1))
+    expected = (moved @ one.T).norm(dim=1) / (flat @ one.T).norm(dim=1)
+    torch.testing.assert_close(noise["one"], expected)
+    assert torch.equal(noise["drop"], noise["one"])  # in eval mode
+    before = noise["two"]
+    one.data *= 3
+    torch.testing.assert_close(feature_noise(model, x, x_adv)["two"], before)
+    assert not any(behind.any() for behind in feature_noise(model, x, x).values())
+
+
+def test_the_surface_is_the_loss_over_two_directions() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double().train()
+    x, y = torch.full((1, 1, 2, 2), 0.5).double(), torch.tensor([1])
+    u, v = torch.randn(2, 1, 1, 2, 2).double()
+    seen = loss_surface(model, x, y, (u, v), radius=0.05, points=5)
+    assert seen.shape == (5, 5) and model.training and not seen.requires_grad
+    for i, a in enumerate((-0.05, -0.025, 0, 0.025, 0.05)):
+        for j, b in enumerate((-0.05, -0.025, 0, 0.025, 0.05)):
+            torch.testing.assert_close(seen[i, j], F.cross_entropy(model(x + a * u + b * v), y))
+    far = loss_surface(model, x, y, (100 * u.sign(), 0 * v), radius=1.0, points=3)
+    torch.testing.assert_close(far[2], F.cross_entropy(model(u.sign().clamp(min=0)), y).expand(3))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from defenses.compact import CompactConv2d, CompactLinear
 from defenses.data import load_data
+from defenses.denoising import Denoise, NonLocal
 from defenses.models import (
     BReLU,
     Center,
@@ -19,7 +20,9 @@ from defenses.models import (
     cifar_four_sets,
     local_response_norm,
     mnist_compact,
+    mnist_fast,
     mnist_tutorial,
+    resnet_denoising,
 )
 from defenses.training import fit
 
@@ -293,3 +296,74 @@ def test_activations_stop_behind_a_layer_and_track_no_gradient() -> None:
     assert activations(model, x, "act_conv1").min() == 0 > activations(model, x, "conv1").min()
     with pytest.raises(ValueError, match=r"no layer 'conv9'.*'act_conv1'"):
         activations(model, x, "conv9")
+
+
+# Networks with places for blocks
+
+
+class Seen(nn.Module):
+    """Pass on, and remember the shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shape = tuple(x.shape[1:])
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "places"),
+    [
+        (mnist_tutorial, {"pool1": (32, 14, 14), "pool2": (64, 7, 7)}),
+        (mnist_fast, {"conv1": (16, 14, 14), "conv2": (32, 7, 7)}),
+    ],
+)
+def test_modules_stand_in_the_places_of_their_names(
+    make: Any, places: dict[str, tuple[int, ...]]
+) -> None:
+    behind = {name: Seen() for name in places}
+    torch.manual_seed(0)
+    model = make(behind=behind).eval()
+    torch.manual_seed(0)
+    assert torch.equal(model(images()), make().eval()(images()))
+    assert {name: module.shape for name, module in behind.items()} == places
+    torch.manual_seed(0)
+    blocks = {name: Denoise(shape[0], NonLocal(shape[0])) for name, shape in places.items()}
+    torch.manual_seed(0)
+    denoised = make(behind=blocks).eval()
+    torch.testing.assert_close(denoised(images()), model(images()), atol=1e-5, rtol=1e-5)
+    started = [module for module in denoised.modules() if isinstance(module, NonLocal)]
+    assert all(p.std() < 0.02 for module in started for p in module.parameters())  # left as it is
+    with pytest.raises(ValueError, match=r"no layer \['fc9'\]; expected some of"):
+        make(behind={"fc9": nn.Identity()})
+
+
+def test_the_fast_network_is_that_of_wong_et_al() -> None:
+    model = mnist_fast(7)
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
+    assert shapes == [(16, 1, 4, 4), (32, 16, 4, 4), (100, 1568), (7, 100)]
+    assert model(images()).shape == (4, 7)
+
+
+@pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 10), (1, 28, 3)])
+def test_a_block_stands_behind_every_stage_and_is_the_identity(
+    channels: int, size: int, classes: int
+) -> None:
+    how: dict[str, Any] = {"channels": channels, "widths": (2, 4, 6, 8), "blocks": 2}
+    widths: list[int] = []
+
+    def block(width: int) -> Denoise:
+        widths.append(width)
+        return Denoise(width, NonLocal(width))
+
+    torch.manual_seed(0)
+    plain = resnet_denoising(classes, **how).eval()
+    torch.manual_seed(0)
+    denoised = resnet_denoising(classes, **how, denoise=block).eval()
+    x = images(2, channels, size)
+    assert plain(x).shape == (2, classes)
+    torch.testing.assert_close(plain(x), denoised(x))
+    assert widths == [8, 16, 24, 32]
+    names = [name for name, _ in denoised.named_children() if name[:3] in ("res", "den")]
+    assert names == [kind + stage for stage in "2345" for kind in ("res", "denoise")]
+    ours = denoised.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in plain.state_dict().items())
+    assert activations(plain, x, "res5").shape[2:] == (-(-size // 8),) * 2

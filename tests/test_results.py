@@ -85,6 +85,14 @@ BATCHOUT_SUMS = {
     ("figure5a", "fgsm"): "k 822",
 }
 
+# Of four papers, parsed from our notes: sums of the rows, with what is cited.
+ADVERSARIAL_SUMS = {
+    "mnist": {"PGD": 465.53 + 183.2, "CLP": 66.5, "LSQ": 75.6, "Plain + ALP": 184.9},
+    "cifar": {"PGD": 278.98, "Simple": 171.4, "Simple + denoising": 174.1},
+    "imagenet": {"R152": 195.5, "R152 + denoising": 209.3, "ALP": 83.5},
+    "cited": {"R152": 73.58, "R152 + denoising": 79.85, "ALP": 0.6},
+}
+
 # Of Mustafa et al., parsed from the text: sums of the rows, and of the columns.
 PROTOTYPE_SUMS = {
     "table2 mnist": (
@@ -276,6 +284,22 @@ def test_prototype_conformity_repeats_table_2_but_for_one_cell() -> None:
             assert cells["table7", row_name, f"cifar10 {column}"] == expected
     from_vgg = cells["table6", "Ours", "cifar10 crafted on VGG-19"]
     assert from_vgg == cells["table2", OURS[2], "cifar10 black-box pgd 0.03"]
+
+
+def test_what_is_printed_of_adversarial_training_is_transcribed() -> None:
+    frame = printed("adversarial_training")
+    assert not frame.duplicated(KEY).any() and set(frame["metric"]) == {"accuracy"}
+    assert (frame["column"].str.partition(" ")[0] == frame["dataset"]).all()
+    for table, cells in frame.groupby("table"):
+        sums = cells.groupby("row")["value"].sum().to_dict()
+        assert sums == pytest.approx(ADVERSARIAL_SUMS[str(table)]), table
+    again = frame["note"].str.startswith("cited")
+    assert set(frame.loc[~again & frame["table"].eq("cited"), "row"]) == set()
+    assert (frame.loc[frame["column"].str.contains("autoattack"), "note"].str[:5] == "cited").all()
+    for _, cells in frame[frame["table"] != "cited"].groupby(["table", "row", "dataset"]):
+        places = ["clean", "fgsm", "pgd-10 ", "pgd-20 ", "pgd-40", "pgd-100 ", "pgd-1000"]
+        values = [v for p in places for v in cells.loc[cells["column"].str.contains(p), "value"]]
+        assert values == sorted(values, reverse=True)  # more steps leave less
 
 
 def test_columns_begin_with_their_data_set_and_metrics_are_known() -> None:

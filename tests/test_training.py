@@ -455,3 +455,45 @@ def test_a_checkpoint_that_says_less_of_its_run_is_of_another(tmp_path: Path) ->
     assert load(file, {"seed": 0}, ["done"]) == [1]
     with pytest.raises(ValueError, match=r"another run \(eps was None, is 0\.3\)"):
         load(file, {"seed": 0, "eps": 0.3}, ["done"])
+
+
+# Looking on
+
+
+def test_a_probe_looks_after_each_epoch_at_the_model_in_eval_mode(tmp_path: Path) -> None:
+    seen = []
+
+    def probe(model: nn.Module) -> dict[str, float]:
+        seen.append(any(module.training for module in model.modules()))
+        return {"found": float(len(seen))}
+
+    _, history = train(tmp_path / "c.pt", probe=probe)
+    assert [row["found"] for row in history] == [1.0, 2.0, 3.0, 4.0] and seen == [False] * EPOCHS
+    _, again = train(tmp_path / "c.pt", probe=probe)  # read back, with nothing left to look at
+    assert again == history and len(seen) == EPOCHS
+
+
+def test_what_a_probe_draws_changes_no_weight() -> None:
+    def probe(model: nn.Module) -> dict[str, float]:
+        model(torch.rand(3, 1, 28, 28))
+        return {"drawn": float(torch.rand(()))}
+
+    model, _ = train(None, probe=probe)
+    assert_same_weights(model, train(None)[0])
+
+
+def test_a_probe_that_raises_ends_training_at_the_epoch_before(tmp_path: Path) -> None:
+    looks = []
+
+    def probe(model: nn.Module) -> dict[str, float]:
+        looks.append(model)
+        if len(looks) == 3:
+            raise ArithmeticError("it collapsed")
+        return {}
+
+    with pytest.raises(ArithmeticError, match="collapsed"):
+        train(tmp_path / "c.pt", probe=probe)
+    _, history = train(tmp_path / "c.pt", epochs=2)
+    assert [row["epoch"] for row in history] == [1, 2]
+    model, _ = train(tmp_path / "c.pt")
+    assert_same_weights(model, train(None)[0])
