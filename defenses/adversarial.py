@@ -118,20 +118,27 @@ def trades(attack: Callable[..., Tensor], beta: float = 6.0) -> Loss:
     Parameters
     ----------
     attack : callable (model, x, y, loss=per-image loss) -> x_adv
-        Such as ``partial(pgd, eps=0.3, step_size=0.01, steps=40, early_stop=False)``.
+        All images take all steps, as in ``partial(pgd, eps=0.3, step_size=0.01, steps=40,
+        early_stop=False)``.
     beta : float >= 0
 
     Raises
     ------
     ValueError
-        If beta is negative.
+        If beta is negative; from the objective, if the attack stops early.
     """
     _check_weight("beta", beta)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with attacking(model, x, y) as logits_of, torch.no_grad():
             held = logits_of(x)
-        x_adv = attack(model, x, y, loss=lambda model, x, y: divergence(held, model(x)))
+
+        def apart(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            if len(x) != len(held):
+                raise ValueError("the attack drops images on its way: give it early_stop=False")
+            return divergence(held, model(x))
+
+        x_adv = attack(model, x, y, loss=apart)
         z, z_adv = model(torch.cat([x, x_adv])).float().chunk(2)
         return F.cross_entropy(z, y) + beta * divergence(z, z_adv).mean()
 
@@ -222,7 +229,7 @@ def collapsed(
     of a sudden only that one step is withstood. `history` is what `fit` returns; None if none fell.
     """
     for before, after in pairwise(history):
-        if after[probe] < before[probe] - drop:
+        if after[probe] < before[probe] - drop - 1e-9:  # for rounding
             return int(after["epoch"])
     return None
 

@@ -144,7 +144,10 @@ def fit(
             seconds = time.perf_counter() - start
             history.append({"epoch": epoch + 1, "loss": mean, "seconds": seconds})
             if probe is not None:
-                history[-1] |= probe(model.eval())
+                found = dict(probe(model.eval()))
+                if clash := sorted(found.keys() & history[-1].keys()):
+                    raise ValueError(f"the probe found {clash}, which training itself keeps")
+                history[-1] |= found
             if checkpoint is not None:
                 _save(checkpoint, run, parts, history)
     model.eval()

@@ -192,6 +192,10 @@ def test_a_share_of_the_batch_that_is_none_is_refused(share: float) -> None:
 # Predictions and logits in pairs
 
 
+def darkened(model: nn.Module, x: Tensor, y: Tensor, loss: PerImageLoss) -> Tensor:
+    return darken(model, x, y)
+
+
 def softmax_pair(seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
     generator = torch.manual_seed(seed)
     z, d = (torch.randn(50, 10, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -234,10 +238,6 @@ def test_trades_is_cross_entropy_and_the_divergence_of_the_predictions(
     batch: tuple[Tensor, Tensor],
 ) -> None:
     model, (x, y) = linear(), batch
-
-    def darkened(model: nn.Module, x: Tensor, y: Tensor, loss: object) -> Tensor:
-        return darken(model, x, y)
-
     z, dark = model(x), model(0.5 * x)
     for beta in (0.0, 2.0):
         expected = F.cross_entropy(z, y) + beta * divergence(z, dark).mean()
@@ -272,6 +272,21 @@ def test_the_attack_of_trades_climbs_away_from_the_prediction_and_needs_no_label
 
     trades(attack)(model, x, y)
     assert seen == [True] * 3
+
+
+def test_at_the_image_itself_the_divergence_has_no_gradient(batch: tuple[Tensor, Tensor]) -> None:
+    """So an attack of TRADES has to start elsewhere."""
+    model, (x, y) = linear(), batch
+    steepest = []
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, loss: PerImageLoss) -> Tensor:
+        for start in (x.clone().requires_grad_(), (0.5 * x).requires_grad_()):
+            (gradient,) = torch.autograd.grad(loss(model, start, y).sum(), start)
+            steepest.append(float(gradient.abs().max()))
+        return x
+
+    trades(attack)(model, x, y)
+    assert steepest[0] < 1e-6 < 1e-3 < steepest[1]
 
 
 PAIRED: dict[str, Callable[[Attack], Loss]] = {
@@ -320,6 +335,31 @@ def test_adversarial_logit_pairing_is_that_of_the_paper(
     )
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_without_weight_logit_pairing_is_adversarial_training(
+    share: float, batch: tuple[Tensor, Tensor]
+) -> None:
+    """Where no batch statistics tell one batch from two."""
+    model, (x, y), attack = linear(), batch, functools.partial(fgsm, eps=0.1)
+    torch.testing.assert_close(
+        adversarial_logit_pairing(attack, 0.0, share)(model, x, y),
+        adversarial(attack, share)(model, x, y),
+    )
+
+
+def test_beta_is_six_and_every_other_weight_a_half_by_default(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    model, (x, y) = linear(), batch
+    for default, said in (
+        (trades(darkened), trades(darkened, 6.0)),
+        (adversarial_logit_pairing(darken), adversarial_logit_pairing(darken, 0.5, 0.5)),
+        (clean_logit_pairing(), clean_logit_pairing(0.5)),
+        (logit_squeezing(), logit_squeezing(0.5)),
+    ):
+        torch.testing.assert_close(default(model, x, y), said(model, x, y))
+
+
 @pytest.mark.parametrize(("n", "pairs"), [(16, 8), (7, 3), (2, 1)])
 def test_clean_pairs_are_the_halves_of_the_batch(
     n: int, pairs: int, batch: tuple[Tensor, Tensor]
@@ -327,8 +367,26 @@ def test_clean_pairs_are_the_halves_of_the_batch(
     model, x, y = linear(), batch[0][:n], batch[1][:n]
     z = model(x)
     apart = sum((z[i] - z[pairs + i]).square().sum() for i in range(pairs)) / (10 * pairs)
-    ours = clean_logit_pairing(0.7)(model, x, y)
-    torch.testing.assert_close(ours, F.cross_entropy(z, y) + 0.7 * apart)
+    ours, expected = clean_logit_pairing(0.7)(model, x, y), F.cross_entropy(z, y) + 0.7 * apart
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, [*model.parameters()]),
+        torch.autograd.grad(expected, [*model.parameters()]),
+    )
+
+
+def test_over_random_pairs_clean_pairing_is_twice_the_variance_of_the_logits(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    """The mean over all pairs of different images, and over the K classes."""
+    model, (x, y) = linear(), batch
+    every, apart = torch.arange(len(x)), []
+    for shift in range(1, len(x)):
+        order = torch.cat([every, every.roll(shift)])
+        paired = clean_logit_pairing(1.0)(model, x[order], y[order])
+        apart.append(paired - cross_entropy(model, x, y))
+    expected = 2 * model(x).var(dim=0).sum() / 10
+    torch.testing.assert_close(torch.stack(apart).mean(), expected)
 
 
 def test_an_image_alone_has_no_pair(batch: tuple[Tensor, Tensor]) -> None:
@@ -340,7 +398,12 @@ def test_squeezing_adds_the_mean_length_of_the_logits(batch: tuple[Tensor, Tenso
     model, (x, y) = linear(), batch
     z = model(x)
     expected = F.cross_entropy(z, y) + 0.3 * z.square().sum(1).sqrt().mean()
-    torch.testing.assert_close(logit_squeezing(0.3)(model, x, y), expected)
+    ours = logit_squeezing(0.3)(model, x, y)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, [*model.parameters()]),
+        torch.autograd.grad(expected, [*model.parameters()]),
+    )
     for weight in model.parameters():
         nn.init.zeros_(weight)
     logit_squeezing()(model, x, y).backward()
@@ -366,6 +429,36 @@ def test_a_negative_weight_is_refused(make: Callable[[float], Loss], bad: float)
 def test_a_share_of_pairs_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got"):
         adversarial_logit_pairing(darken, share=share)
+
+
+class Rounded(nn.Module):
+    """The logits that a model has in bfloat16, as float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x).float()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        trades(darkened),
+        adversarial_logit_pairing(darken),
+        clean_logit_pairing(),
+        logit_squeezing(),
+    ],
+    ids=["trades", "alp", "clp", "lsq"],
+)
+def test_what_is_added_is_taken_in_float32(loss: Loss, batch: tuple[Tensor, Tensor]) -> None:
+    model, (x, y) = linear(), batch
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+        ours = loss(model, x, y)
+    torch.testing.assert_close(ours, loss(Rounded(model), x, y))
 
 
 SMALL = functools.partial(pgd, eps=0.1, step_size=0.05, steps=2, early_stop=False)
@@ -428,3 +521,25 @@ def test_a_collapse_is_a_fall_from_one_epoch_to_the_next(
 ) -> None:
     assert collapsed(epochs(*found), drop=0.21) == epoch
     assert collapsed(epochs(*found, name="other"), "other", 0.21) == epoch
+
+
+@pytest.mark.parametrize(("fall", "epoch"), [(0.25, None), (0.2501, 2)])
+def test_a_fall_by_exactly_drop_is_no_collapse(fall: float, epoch: int | None) -> None:
+    assert collapsed(epochs(0.5, 0.5 - fall), drop=0.25) == epoch
+
+
+def test_a_fifth_is_a_collapse_by_default() -> None:
+    assert collapsed(epochs(0.5, 0.31)) is None and collapsed(epochs(0.5, 0.29)) == 2
+
+
+@pytest.mark.parametrize("start", [n / 100 for n in range(20, 101)])
+def test_a_fall_by_just_the_drop_is_no_collapse_wherever_it_begins(start: float) -> None:
+    assert collapsed(epochs(start, round(start - 0.2, 2))) is None
+    assert collapsed(epochs(start, round(start - 0.21, 2))) == 2
+
+
+def test_trades_refuses_an_attack_that_drops_images() -> None:
+    images, labels = load_data("digits").train
+    early = functools.partial(pgd, eps=0.3, step_size=0.1, steps=3)
+    with pytest.raises(ValueError, match="early_stop=False"):
+        trades(early)(linear(), images[:64] / 255, labels[:64])

@@ -526,6 +526,20 @@ def test_where_nothing_is_judged_a_callable_loss_costs_one_pass_a_step() -> None
     assert torch.equal(*found.values())
 
 
+def test_where_iterates_are_judged_a_callable_loss_is_judged_on_a_pass_of_its_own() -> None:
+    """By what the model says, however low the loss."""
+    model, x = Counted(net()), images(10)
+    y = predicted(model, x)
+    attack = partial(pgd, eps=0.05, step_size=0.02, steps=4, seed=0)
+    found, passes = {}, {}
+    for loss in ("margin", lambda f, x, y: margin(f(x), y) - 100):
+        model.passes = 0
+        found[loss], passes[loss] = attack(model, x, y, loss=loss), model.passes
+    assert torch.equal(*found.values())
+    once, twice = passes.values()  # but for the image itself, which no loss sees
+    assert twice - 1 == 2 * (once - 1)
+
+
 # The model is held still, and found again as it was
 
 

@@ -585,6 +585,7 @@ def test_noise_stays_in_range_and_repeats(seed: int, sigma: float) -> None:
 def test_noise_has_the_deviation_that_is_asked_for() -> None:
     gray = torch.full((20, 1, 50, 50), 0.5)
     noise = gaussian_noise(gray, torch.Generator().manual_seed(0), 0.1) - gray
+    assert len(noise.flatten(1).unique(dim=0)) == 20  # each image has its own
     assert noise.mean().abs() < 2e-3 and noise.std() == pytest.approx(0.1, rel=0.02)
     cut = gaussian_noise(gray, torch.Generator().manual_seed(0))  # 0.5: a third is cut off
     assert ((cut == 0) | (cut == 1)).float().mean() == pytest.approx(0.3173, abs=0.01)

@@ -130,6 +130,16 @@ def test_a_new_block_is_the_identity_and_learns(name: str) -> None:
 
 
 @every
+def test_what_a_block_adds_is_normalized(name: str) -> None:
+    x, block = features(), Denoise(C, OPERATIONS[name]).double().train()
+    nn.init.ones_(block.norm.weight)
+    added = (block(x) - x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(added.mean(dim=1), torch.zeros(C).double())
+    spread = added.std(dim=1, correction=0)
+    torch.testing.assert_close(spread, torch.ones(C).double(), atol=0.01, rtol=0)
+
+
+@every
 def test_an_image_does_not_see_the_others(name: str) -> None:
     x = features(3)
     torch.testing.assert_close(OPERATIONS[name](x)[1:2], OPERATIONS[name](x[1:2]))
@@ -168,6 +178,27 @@ def test_both_ways_of_attention_are_the_literal_sum(
         torch.autograd.grad(ours.square().sum(), tensors, retain_graph=True),
         torch.autograd.grad(expected.square().sum(), tensors),
     )
+
+
+@pytest.mark.parametrize("few", [0, 256], ids=["fused", "written out"])
+def test_attention_is_rounded_to_bfloat16_under_autocast_and_no_further(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """θ and φ come in bfloat16 there, and the features as they are."""
+    monkeypatch.setattr(denoising, "FEW_PLACES", few)
+    x, module = features().float(), embedded().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = module(x)
+    torch.testing.assert_close(ours.float(), module(x), atol=0.06, rtol=0.02)
+
+
+def test_theta_and_phi_start_from_a_deviation_of_a_hundredth() -> None:
+    torch.manual_seed(0)
+    theta, phi = NonLocal(64).parameters()
+    for weight in (theta, phi):
+        assert weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert weight.mean().abs() < 1e-3
+    assert not torch.equal(theta, phi)
 
 
 class Largest(TorchDispatchMode):

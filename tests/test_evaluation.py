@@ -408,5 +408,9 @@ def test_the_surface_is_the_loss_over_two_directions() -> None:
     for i, a in enumerate((-0.05, -0.025, 0, 0.025, 0.05)):
         for j, b in enumerate((-0.05, -0.025, 0, 0.025, 0.05)):
             torch.testing.assert_close(seen[i, j], F.cross_entropy(model(x + a * u + b * v), y))
+    leads = loss_surface(model, x, y, (u, v), radius=0.05, loss="margin")
+    assert leads.shape == (41, 41)
+    z = model(x)[0]
+    torch.testing.assert_close(leads[20, 20], torch.maximum(z[0], z[2]) - z[1])
     far = loss_surface(model, x, y, (100 * u.sign(), 0 * v), radius=1.0, points=3)
     torch.testing.assert_close(far[2], F.cross_entropy(model(u.sign().clamp(min=0)), y).expand(3))

@@ -302,10 +302,10 @@ def test_activations_stop_behind_a_layer_and_track_no_gradient() -> None:
 
 
 class Seen(nn.Module):
-    """Pass on, and remember the shape."""
+    """Pass on, and remember the shape and whether an activation stands before."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.shape = tuple(x.shape[1:])
+        self.shape, self.active = tuple(x.shape[1:]), bool((x >= 0).all())
         return x
 
 
@@ -325,6 +325,7 @@ def test_modules_stand_in_the_places_of_their_names(
     torch.manual_seed(0)
     assert torch.equal(model(images()), make().eval()(images()))
     assert {name: module.shape for name, module in behind.items()} == places
+    assert all(module.active for module in behind.values())
     torch.manual_seed(0)
     blocks = {name: Denoise(shape[0], NonLocal(shape[0])) for name, shape in places.items()}
     torch.manual_seed(0)
@@ -336,11 +337,42 @@ def test_modules_stand_in_the_places_of_their_names(
         make(behind={"fc9": nn.Identity()})
 
 
+def test_with_nothing_in_its_places_the_tutorials_network_keeps_the_names_of_its_weights() -> None:
+    """Those of the checkpoints that are there."""
+    names = [f"{i}.{kind}" for i in (0, 3, 7, 10) for kind in ("weight", "bias")]
+    assert [*mnist_tutorial().state_dict()] == [*mnist_tutorial(behind={}).state_dict()] == names
+
+
+def test_the_tutorials_network_drops_out_only_as_much_as_it_is_told() -> None:
+    x = images()
+    for dropout, same in ((0.0, True), (0.5, False)):
+        model = mnist_tutorial(dropout=dropout).train()
+        assert torch.equal(model(x), model(x)) == same
+
+
 def test_the_fast_network_is_that_of_wong_et_al() -> None:
     model = mnist_fast(7)
     shapes = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
     assert shapes == [(16, 1, 4, 4), (32, 16, 4, 4), (100, 1568), (7, 100)]
     assert model(images()).shape == (4, 7)
+    assert starts_as_he_et_al(model)
+
+
+def starts_as_he_et_al(model: nn.Module) -> bool:
+    """Whether the widest layer's weights have deviation √(2/fan-in), and no bias is drawn."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    widest = max((layer.weight for layer in layers), key=Tensor.numel)
+    deviation = widest.std().item() * (widest[0].numel() / 2) ** 0.5
+    drawn = any(layer.bias.any() for layer in layers if layer.bias is not None)
+    return deviation == pytest.approx(1, abs=0.02) and not drawn
+
+
+def test_the_residual_network_has_four_stages_of_three_bottlenecks() -> None:
+    model = resnet_denoising()
+    stages = [layer for name, layer in model.named_children() if name.startswith("res")]
+    weights = [p for stage in stages for p in stage.parameters() if p.shape[2:] == (3, 3)]
+    assert [len(p) for p in weights] == [w for w in (16, 32, 64, 128) for _ in range(3)]
+    assert starts_as_he_et_al(model)
 
 
 @pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 10), (1, 28, 3)])

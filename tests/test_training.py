@@ -497,3 +497,37 @@ def test_a_probe_that_raises_ends_training_at_the_epoch_before(tmp_path: Path) -
     assert [row["epoch"] for row in history] == [1, 2]
     model, _ = train(tmp_path / "c.pt")
     assert_same_weights(model, train(None)[0])
+
+
+def test_what_a_probe_finds_is_kept_and_its_seconds_are_not_those_of_training(
+    tmp_path: Path,
+) -> None:
+    def probe(model: nn.Module) -> dict[str, float]:
+        time.sleep(0.3)
+        return {"found": 0.5}
+
+    start = time.perf_counter()
+    _, history = train(tmp_path / "c.pt", epochs=1, probe=probe)
+    (row,) = torch.load(tmp_path / "c.pt")["history"]
+    assert row == history[0] and [*row] == ["epoch", "loss", "seconds", "found"]
+    assert row["found"] == 0.5
+    assert row["seconds"] <= time.perf_counter() - start - 0.3
+
+
+def test_what_was_found_before_an_interruption_is_not_looked_for_again(tmp_path: Path) -> None:
+    looks: list[nn.Module] = []
+
+    def probe(model: nn.Module) -> dict[str, float]:
+        looks.append(model)
+        return {"found": float(len(looks))}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "c.pt", probe=probe, augment=stop_after(10, interrupt))
+    model, history = train(tmp_path / "c.pt", probe=probe)
+    assert [row["found"] for row in history] == [1.0, 2.0, 3.0, 4.0] and len(looks) == EPOCHS
+    assert_same_weights(model, train(None)[0])
+
+
+def test_a_probe_may_not_speak_for_training() -> None:
+    with pytest.raises(ValueError, match=r"found \['epoch', 'loss'\], which training itself keeps"):
+        train(None, probe=lambda model: {"loss": -1.0, "epoch": 7.0, "own": 1.0})
