@@ -53,9 +53,7 @@ class NonLocal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        q, k, v = (
-            u.permute(0, 2, 3, 1).reshape(n, h * w, -1) for u in (self.theta(x), self.phi(x), x)
-        )
+        q, k, v = (u.flatten(2).mT for u in (self.theta(x), self.phi(x), x))
         return attention(q, k, v).view(n, h, w, c).permute(0, 3, 1, 2)
 
 

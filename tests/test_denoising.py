@@ -140,6 +140,12 @@ def test_what_a_block_adds_is_normalized(name: str) -> None:
 
 
 @every
+def test_no_images_are_no_trouble(name: str) -> None:
+    """As when an attack has fooled all of them."""
+    assert OPERATIONS[name](features()[:0]).shape == (0, C, H, W)
+
+
+@every
 def test_an_image_does_not_see_the_others(name: str) -> None:
     x = features(3)
     torch.testing.assert_close(OPERATIONS[name](x)[1:2], OPERATIONS[name](x[1:2]))
