@@ -81,6 +81,33 @@ def strip(images: Mapping[str, Tensor], titles: Sequence[str] = (), size: float 
     return figure
 
 
+def twin_maps(
+    seen: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], shown: Sequence[str]
+) -> Figure:
+    """Feature maps of an image above those of its adversarial twin, for each of the models.
+
+    ``seen`` holds, by the model's name, the maps (1, C, H, W) of both, by title; ``shown`` are the
+    titles. Of the C maps the one is drawn that is brightest for the image, on one scale for both;
+    a title that begins with "block" shows the same one as the title before it.
+    """
+    figure, axes = panels(2, len(seen) * len(shown), height=1.15)
+    for start, (name, pair) in enumerate(seen.items()):
+        best = 0
+        for column, title in enumerate(shown, start * len(shown)):
+            if not title.startswith("block"):
+                best = int(pair[0][title].mean((0, 2, 3)).argmax())
+            maps = [maps[title][0, best].cpu() for maps in pair]
+            scale = {"vmin": min(float(m.min()) for m in maps)}
+            scale["vmax"] = max(float(m.max()) for m in maps)
+            for axis, picture in zip(axes[:, column], maps, strict=True):
+                axis.imshow(picture, cmap="magma", **scale)
+                axis.axis("off")
+            axes[0, column].set_title(title, fontsize=7)
+        middle = len(shown) // 2
+        axes[0, start * len(shown) + middle].set_title(f"{name}\n{shown[middle]}", fontsize=7)
+    return figure
+
+
 def scatter(axis: Axes, points: Tensor, labels: Tensor) -> None:
     """Points (N, 2) in the colors of their labels, with equal scales and no ticks."""
     points, labels = points.detach().cpu(), labels.cpu()
