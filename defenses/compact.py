@@ -78,9 +78,8 @@ class CompactLinear(nn.Linear):
         self.alpha, self.delta = _scale(alpha, learn_alpha), _positive(delta)
 
     def forward(self, x: Tensor) -> Tensor:
-        blank = (x == 0).all(dim=-1, keepdim=True)  # there the norm has no second derivative
-        norm = torch.linalg.vector_norm(x.masked_fill(blank, 1), dim=-1, keepdim=True)
-        scale = self.alpha / (norm.masked_fill(blank, 0) + self.delta)
+        norm = patch_norm(x[..., None, None], 1)[..., 0, 0]  # every feature a channel
+        scale = self.alpha / (norm + self.delta)
         return _scale_and_shift(F.linear(x, self.weight), scale, self.bias)
 
 
@@ -130,8 +129,8 @@ class _PatchNorm(torch.autograd.Function):
     def forward(x: Tensor, kernel_size, stride, padding) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         squares = torch.linalg.vector_norm(x, dim=-3, keepdim=True).to(dtype).square()
-        (kh, kw), (sh, sw), (ph, pw) = kernel_size, stride, padding
-        return _window_sums(_window_sums(squares, kw, sw, pw).mT, kh, sh, ph).mT.sqrt()
+        ph, pw = padding
+        return _window_sums(F.pad(squares, (pw, pw, ph, ph)), kernel_size, stride).sqrt()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -141,25 +140,28 @@ class _PatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, r = ctx.saved_tensors
-        (kh, kw), (sh, sw), (ph, pw) = ctx.geometry
-        blank = r == 0
-        g = (g / r.masked_fill(blank, 1)).masked_fill(blank, 0)
-        g = _window_sums_adjoint(g, x.shape[-1], kw, sw, pw).mT
-        g = _window_sums_adjoint(g, x.shape[-2], kh, sh, ph).mT
+        g = g / torch.where(r == 0, torch.inf, r)  # nothing flows to a blank patch
+        g = _window_sums_adjoint(g, x.shape[-2:], *ctx.geometry)
         return x * g.to(x.dtype), None, None, None
 
 
-def _window_sums(s: Tensor, size: int, stride: int, padding: int) -> Tensor:
-    windows = F.pad(s, (padding, padding)).unfold(-1, size, stride)
-    return sum(windows.unbind(-1), start=s.new_zeros(()))
+# On a CPU every operation waits for all its threads: hence few of them, and additions of views.
 
 
-def _window_sums_adjoint(g: Tensor, length: int, size: int, stride: int, padding: int) -> Tensor:
-    if stride > 1:  # put back the positions that the stride skipped
-        g = F.pad(g[..., None], (0, stride - 1))
-        g = g.reshape(*g.shape[:-2], -1)[..., : 1 - stride]
-    g = F.pad(g, (size - 1 - padding, length + padding - g.shape[-1]))
-    return _window_sums(g, size, 1, 0)
+def _window_sums(s: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    for axis in (-1, -2):
+        first, *others = s.unfold(axis, size[axis], stride[axis]).unbind(-1)
+        s = sum(others, start=first)
+    return s
+
+
+def _window_sums_adjoint(g: Tensor, shape, size, stride, padding) -> Tensor:
+    (h, w), (kh, kw), (sh, sw), (ph, pw) = shape, size, stride, padding
+    if stride != (1, 1):  # put back the positions that the stride skipped
+        spread = F.pad(g[..., None, :, None], (0, sw - 1, 0, 0, 0, sh - 1))
+        g = spread.reshape(*g.shape[:-2], g.shape[-2] * sh, g.shape[-1] * sw)
+    right, below = w + pw - g.shape[-1], h + ph - g.shape[-2]
+    return _window_sums(F.pad(g, (kw - 1 - pw, right, kh - 1 - ph, below)), size, (1, 1))
 
 
 def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from defenses.compact import CompactConv2d
 from defenses.data import load_data
 from defenses.models import mnist_compact
-from defenses.training import cross_entropy, fit
+from defenses.training import cross_entropy, fit, rounded
 from tests.benchmarks.turns import kept
 
 BATCH = 128
@@ -29,6 +29,8 @@ TURNS = 15
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Note = Callable[[list[dict[str, Any]]], None]
 AT_MOST = 1.25 if DEVICE == "cuda" else 1.5
+with rounded(DEVICE):
+    PRECISION = "bfloat16" if torch.is_autocast_enabled(DEVICE) else "float32"
 
 
 class OnesConvolution(CompactConv2d):
@@ -62,11 +64,11 @@ def network(convolution: type[CompactConv2d] | None) -> nn.Module:
 
 
 def trainer(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
-    """Return the barest step: bfloat16 forward, float32 loss, SGD with momentum."""
+    """Return the barest step: forward as `fit` rounds it, float32 loss, SGD with momentum."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
     def step(x: Tensor, y: Tensor) -> None:
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with rounded(DEVICE):
             loss = F.cross_entropy(model(x).float(), y)
         optimizer.zero_grad()
         loss.backward()
@@ -128,7 +130,7 @@ def test_a_compact_step_costs_little_more_than_a_plain_one(count: int, note: Not
     with threads(count) as clock:
         seconds = in_turns(runs, clock, TURNS)
         note(rows("a compact step beside a plain one", seconds, "compact", "plain", AT_MOST))
-    print(f"\nA step of {BATCH} images, bfloat16, {DEVICE}, {count} threads, {clock.__name__}")
+    print(f"\nA step of {BATCH} images, {PRECISION}, {DEVICE}, {count} threads, {clock.__name__}")
     for name, taken in seconds.items():
         step = 1000 * statistics.median(taken)
         print(f"{name:>8} {step:7.1f} ms, {ratio(taken, seconds['plain']):4.2f} of plain")
@@ -158,7 +160,7 @@ def test_fit_keeps_nine_tenths_of_the_barest_loops_throughput(count: int, note: 
     with threads(count) as clock:
         seconds = in_turns({"fit": fitted, "barest": barest}, clock, TURNS // 2)
         note(rows("an epoch of `fit` beside the barest loop", seconds, "fit", "barest", 1 / 0.9))
-    print(f"\nAn epoch of {len(labels)} images, bfloat16, {DEVICE}, {count} threads")
+    print(f"\nAn epoch of {len(labels)} images, {PRECISION}, {DEVICE}, {count} threads")
     for name, taken in seconds.items():
         rate = len(labels) / statistics.median(taken)
         print(f"{name:>8} {rate:9,.0f} images/s, {ratio(seconds['barest'], taken):4.2f} of barest")
