@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+from defenses.attacks.contract import asked_later
 from defenses.checkpoint import REMEDY, load, save
 from defenses.data import ImageData, batches
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+_COUNTS: ContextVar[list[int] | None] = ContextVar("_COUNTS", default=None)
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -117,6 +123,9 @@ def fit(
     run |= {name: optimizer.defaults.get(name) for name in ("lr", "momentum", "weight_decay")}
     parts = {"optimizer": optimizer, "schedule": schedule, "model": model}
     parts = {name: part for name, part in parts.items() if part is not None}
+    if (counts := _COUNTS.get()) is not None:
+        counts.append(epochs * _epoch_flops(model, loss, optimizer, data.train, batch_size))
+        return []
     history = _resume(checkpoint, run, parts, epochs) if checkpoint is not None else []
 
     cuda = [device] if device.type == "cuda" else []
@@ -130,10 +139,11 @@ def fit(
             model.train()
             steps = batches(images, labels, batch_size, generator)
             bar = {"total": -(-len(images) // batch_size), "leave": False, "disable": not progress}
-            for x, y in tqdm(steps, f"epoch {epoch + 1}/{epochs}", mininterval=0.5, **bar):
-                if augment is not None:
-                    x = augment(x, generator)
-                total += _step(model, loss, optimizer, x, y) * len(x)
+            with asked_later():
+                for x, y in tqdm(steps, f"epoch {epoch + 1}/{epochs}", mininterval=0.5, **bar):
+                    if augment is not None:
+                        x = augment(x, generator)
+                    total += _step(model, loss, optimizer, x, y) * len(x)
             if schedule is not None:
                 schedule.step()
             mean = total.item() / len(images)
@@ -152,6 +162,48 @@ def fit(
                 _save(checkpoint, run, parts, history)
     model.eval()
     return history
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """Where `fit` trains nothing, but adds to a list what it would cost, from one step of it.
+
+    Floating-point operations of matrix products and convolutions; a multiplication and an addition
+    are two. The counted step changes the weights: the networks are good for nothing else.
+    """
+    token = _COUNTS.set([])
+    try:
+        yield _COUNTS.get()  # type: ignore[misc]
+    finally:
+        _COUNTS.reset(token)
+
+
+def _epoch_flops(
+    model: nn.Module,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    split: tuple[Tensor, Tensor],
+    batch_size: int,
+) -> int:
+    x, y = next(batches(*split, batch_size))
+    with Flops() as counted:
+        _step(model.train(), loss, optimizer, x, y)
+    model.eval()
+    return counted.total * len(split[1]) // len(y)
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions inside, forward and
+    backward, by PyTorch's own formulas: its ``FlopCounterMode`` without the modules' names, which
+    fail where an attack asks for gradients inside a training step."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def step_seconds(

@@ -6,6 +6,7 @@ left in train mode, NaN logits counted as robustness, a range other than [0, 1].
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -54,18 +55,33 @@ class Forward:
         _note_most(self.nan_gradients, gradient)
         return gradient.nan_to_num(nan=0.0)  # so that NaN logits are the model's own
 
-    def raise_if_nan(self) -> None:
-        """Asked once, at the end: to ask at every step would make a GPU wait at every step."""
-        if logits := int(self.nan_logits):
-            raise ValueError(
-                f"the model returned NaN logits for {logits} of the images shown, which would "
-                "count as robust: repair the model first"
-            )
-        if gradients := int(self.nan_gradients):
-            raise ValueError(
-                f"the gradient is NaN for {gradients} of the images shown, which would count as "
-                "robust: look for sqrt, norm or division at zero in the model"
-            )
+
+# What `asked_later` gathers: of each attack, what `_facts` says and the images with NaN.
+_LATER: ContextVar[list[Tensor] | None] = ContextVar("_LATER", default=None)
+
+
+@contextmanager
+def asked_later() -> Iterator[None]:
+    """Inside, what attacks must ask a GPU is kept there and asked at the end, all at once.
+
+    To ask makes the host wait for all that it has sent to the GPU; so `fit` asks once an epoch
+    and not at every step. On a CPU nothing changes.
+
+    Raises
+    ------
+    ValueError
+        On exit, where `attacking` would have raised one.
+    """
+    later: list[Tensor] = []
+    token = _LATER.set(later)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+    if later:
+        *facts, logits, gradients = torch.stack(later).amax(dim=0).tolist()
+        _raise_if_wrong(facts)
+        _raise_if_nan(logits, gradients)
 
 
 @contextmanager
@@ -112,10 +128,11 @@ def attacking(
             f"model is a {type(model).__name__}, expected a torch.nn.Module, whose mode can be set "
             "and restored: wrap the function in one"
         )
-    _check_images(x)
-    num_labels = 1 + max(_check_labels(x, "y", y), _check_labels(x, "target", target))
-    if y is not None and target is not None and bool((y == target).any()):
-        raise ValueError("target equals the label of some image: aim at another class")
+    _check_form(x, y, target)
+    facts, num_labels = _facts(x, y, target), 0
+    later = None if x.device.type == "cpu" else _LATER.get()
+    if later is None:
+        num_labels = 1 + _raise_if_wrong(facts.tolist())
 
     with ExitStack() as stack:
         if exact:
@@ -123,17 +140,19 @@ def attacking(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_held_still(model))
-        nan_logits, nan_gradients = torch.zeros(2, dtype=torch.int64, device=x.device).unbind()
+        nan = torch.zeros(2, dtype=torch.int64, device=x.device)
         rounded = torch.is_autocast_enabled(x.device.type)
-        logits_of = Forward(model, num_labels, x.device, rounded, nan_logits, nan_gradients)
         try:
-            yield logits_of
+            yield Forward(model, num_labels, x.device, rounded, *nan.unbind())
         finally:
-            logits_of.raise_if_nan()
+            if later is None:
+                _raise_if_nan(*nan.tolist())
+            else:
+                later.append(torch.cat([facts, nan.to(facts)]))
 
 
-def _check_images(x: Tensor) -> None:
-    """Raise a ValueError unless `x` is float32 or float64 (N, C, H, W) in [0, 1]."""
+def _check_form(x: Tensor, y: Tensor | None, target: Tensor | None) -> None:
+    """Raise a ValueError for what can be seen without a look at the values."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
@@ -142,13 +161,62 @@ def _check_images(x: Tensor) -> None:
         )
     if x.ndim != 4:
         raise ValueError(f"images have shape {tuple(x.shape)}, expected (N, C, H, W)")
-    if x.numel():
-        low, high = (bound.item() for bound in x.aminmax())
-        if not (low >= 0 and high <= 1):
+    for name, labels in (("y", y), ("target", target)):
+        if labels is None:
+            continue
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"{name} is {found}, expected a tensor of int64 class numbers")
+        if labels.shape != x.shape[:1]:
             raise ValueError(
-                f"images range from {low:g} to {high:g}, expected [0, 1]: "
-                "attack pixels, and let the model normalize inside its forward pass"
+                f"{name} has shape {tuple(labels.shape)}, expected ({len(x)},): one label an image"
             )
+        if labels.device != x.device:
+            raise ValueError(f"{name} is on {labels.device}, the images on {x.device}: move one")
+
+
+def _facts(x: Tensor, y: Tensor | None, target: Tensor | None) -> Tensor:
+    """−min and max of images, labels and targets, and whether a target is the label; (7,).
+
+    Of several attacks, the worst is the largest.
+    """
+    facts = x.new_zeros(7)
+    for i, values in enumerate((x, y, target)):
+        if values is not None and values.numel():
+            low, high = values.detach().aminmax()
+            facts[2 * i], facts[2 * i + 1] = -low, high
+    if y is not None and target is not None:
+        facts[6] = (y == target).any()
+    return facts
+
+
+def _raise_if_wrong(facts: list[float]) -> int:
+    """Raise a ValueError unless `_facts` are right; return the highest label."""
+    low, high = 0 - facts[0], facts[1]
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"images range from {low:g} to {high:g}, expected [0, 1]: "
+            "attack pixels, and let the model normalize inside its forward pass"
+        )
+    for name, lowest in (("y", -facts[2]), ("target", -facts[4])):
+        if lowest < 0:
+            raise ValueError(f"{name} holds {lowest:.0f}, expected class numbers from 0 on")
+    if facts[6]:
+        raise ValueError("target equals the label of some image: aim at another class")
+    return int(max(facts[3], facts[5]))
+
+
+def _raise_if_nan(logits: float, gradients: float) -> None:
+    if logits:
+        raise ValueError(
+            f"the model returned NaN logits for {logits:.0f} of the images shown, which would "
+            "count as robust: repair the model first"
+        )
+    if gradients:
+        raise ValueError(
+            f"the gradient is NaN for {gradients:.0f} of the images shown, which would count as "
+            "robust: look for sqrt, norm or division at zero in the model"
+        )
 
 
 def check_count(name: str, count: int) -> None:
@@ -172,26 +240,6 @@ def relative_norm(x_adv: Tensor, x: Tensor) -> Tensor:
     """‖η‖₂ / ‖x‖₂ an image, the left side of Eq. 8 in Ranjan et al. (2018); shape (N,)."""
     eta, size = (x_adv - x).flatten(1).norm(dim=1), x.flatten(1).norm(dim=1)
     return eta / size.clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def _check_labels(x: Tensor, name: str, labels: Tensor | None) -> int:
-    if labels is None:
-        return -1
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"{name} is {found}, expected a tensor of int64 class numbers")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(
-            f"{name} has shape {tuple(labels.shape)}, expected ({len(x)},): one label an image"
-        )
-    if labels.device != x.device:
-        raise ValueError(f"{name} is on {labels.device}, the images on {x.device}: move one")
-    if not len(labels):
-        return -1
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0:
-        raise ValueError(f"{name} holds {low}, expected class numbers from 0 on")
-    return high
 
 
 def _checked_logits(logits: Tensor, num_images: int, num_labels: int) -> Tensor:

@@ -87,13 +87,14 @@ def deepfool(
                 left = torch.ones_like(k_0, dtype=torch.bool) if y is None else k_0 == y
             else:
                 left = ~fools(f, k_0)
-                x_adv[rows[~left]] = x_i.detach()[~left]
+                x_adv[rows] = torch.where(per_image(left), x_adv[rows], x_i.detach())
             if step < steps:
                 r_i = _to_nearest_boundary(logits_of, x_i, f, left, k_0, classes, slopes)
                 x_i = (x_i.detach() + (1 + overshoot) * r_i).clamp(0, 1)
                 left &= r_i.flatten(1).any(dim=1)  # without a slope there is nowhere to go
+                stay = left.nonzero().squeeze(1)
                 rows, x_i, k_0, classes, slopes = (
-                    s[left] for s in (rows, x_i, k_0, classes, slopes)
+                    s[stay] for s in (rows, x_i, k_0, classes, slopes)
                 )
     if max_residue_ratio is not None:
         too_far = relative_norm(x_adv, x) > max_residue_ratio
@@ -119,10 +120,13 @@ def _to_nearest_boundary(
     looks = (guess <= LOOK_AGAIN * guess[:, :1]).sum(dim=1) * left
     r_i, shortest = torch.zeros_like(x_i), torch.full_like(slopes[:, 0], torch.inf)
     graph, x_g = torch.arange(len(x_i), device=x_i.device), x_i
-    for look in range(classes.shape[1]):
-        rows = (looks > look).nonzero().squeeze(1)
-        if not len(rows):
+    # How many images look at each class is asked once: a GPU would wait for the host at each.
+    each = torch.arange(classes.shape[1], device=looks.device)
+    longest = looks.argsort(descending=True, stable=True)
+    for look, count in enumerate((looks[:, None] > each).sum(dim=0).tolist()):
+        if not count:
             break
+        rows = longest[:count].sort().values
         if len(rows) < len(graph) / 2:
             graph, x_g = rows, x_i.detach()[rows].requires_grad_()
             f = logits_of(x_g)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count
 from .losses import fooled_at, fools
+from .norms import per_image
 
 # Our choice: pairs of pixels compared at once, 8 MiB for each tensor of them.
 PAIRS = 2**20
@@ -145,7 +146,8 @@ class _Search:
             fooled = fooled.view_as(t)
             done = fooled.any(dim=1)
             size = (x_t - x[:, None]).flatten(2).norm(dim=2).masked_fill(~fooled, torch.inf)
-            x_adv[rows[done]] = x_t[done, size.argmin(dim=1)[done]]
+            nearest = x_t[torch.arange(len(rows), device=x.device), size.argmin(dim=1)]
+            x_adv[rows] = torch.where(per_image(done), nearest, x_adv[rows])
             if last:
                 break
             u, v = self._derivatives(images, logits, goal)
