@@ -105,12 +105,12 @@ class Flag:
 
 def masking_flags(
     *,
-    fgsm: Share | None = None,
-    pgd: Share | None = None,
-    margin: Share | None = None,
-    transfer: Share | None = None,
-    black_box: Share | None = None,
-    at_half: Share | None = None,
+    fgsm: Accuracy | Share | None = None,
+    pgd: Accuracy | Share | None = None,
+    margin: Accuracy | Share | None = None,
+    transfer: Accuracy | Share | None = None,
+    black_box: Accuracy | Share | None = None,
+    at_half: Accuracy | Share | None = None,
     chance: float = 0.1,
     zero_gradients: ZeroGradients | None = None,
 ) -> list[Flag]:

@@ -2,10 +2,10 @@
 
 import math
 import statistics
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from scipy.special import stdtrit
@@ -38,9 +38,13 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """Which images were classified correctly: ``correct``, bool (n,), on the CPU."""
+    """Which images were classified correctly: ``correct``, bool (n,), on the CPU.
+
+    ``images`` is the `digest` of the images and labels; "" where it is not known.
+    """
 
     correct: Tensor
+    images: str = ""
 
     def __post_init__(self) -> None:
         if self.correct.dtype != torch.bool or self.correct.ndim != 1 or not len(self.correct):
@@ -75,6 +79,23 @@ class Accuracy:
         return f"{self.percent:.1f}% ({low:.1f}–{high:.1f}, n={self.n:,})"
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share of `n` images of which only the number is known, not which images."""
+
+    value: float
+    n: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.value
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        """95% Wilson interval of `value`, in [0, 1]."""
+        return wilson(self.value * self.n, self.n)
+
+
 def evaluate(
     model: nn.Module, data_split: Split, attack: Attack | None = None, *, batch_size: int = 500
 ) -> Accuracy:
@@ -99,7 +120,15 @@ def evaluate(
     correct = []
     for x, y in on_device_of(model, data_split, batch_size):
         correct.append(_correct(model, _attacked(attack, model, x, y), y))
-    return Accuracy(torch.cat(correct).cpu())
+    return Accuracy(torch.cat(correct).cpu(), digest(data_split))
+
+
+def digest(data_split: Split) -> str:
+    """Eight letters that name these images with these labels: what two numbers must share."""
+    crc = 0
+    for part in data_split:
+        crc = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def epsilon_curve(
@@ -129,8 +158,9 @@ def transfer_matrix(
             x_adv = _attacked(attack, source, x, y)
             for tested_on, model in models.items():
                 correct.setdefault((tested_on, crafted_on), []).append(_correct(model, x_adv, y))
+    images = digest(data_split)
     return {
-        (tested_on, crafted_on): Accuracy(torch.cat(correct[tested_on, crafted_on]).cpu())
+        (tested_on, crafted_on): Accuracy(torch.cat(correct[tested_on, crafted_on]).cpu(), images)
         for tested_on in models
         for crafted_on in models
     }
@@ -138,13 +168,15 @@ def transfer_matrix(
 
 def worst_case(accuracies: Iterable[Accuracy]) -> Accuracy:
     """An image counts as correct where it withstood every attack; all of the same n images."""
+    accuracies = list(accuracies)
     correct = [accuracy.correct for accuracy in accuracies]
-    if not correct or len({len(c) for c in correct}) > 1:
+    images = {accuracy.images for accuracy in accuracies} - {""}
+    if not correct or len({len(c) for c in correct}) > 1 or len(images) > 1:
         raise ValueError(
             f"accuracies over {[len(c) for c in correct]} images, expected at least one, "
             "all over the same images in the same order"
         )
-    return Accuracy(torch.stack(correct).all(dim=0))
+    return Accuracy(torch.stack(correct).all(dim=0), "".join(images))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +191,8 @@ class Perturbations:
         The number of inputs, of C·H·W, that differ; float64.
     clean_correct, fooled : Tensor
         Whether the model is right about the image, and wrong about what the attack returned.
+    images : str
+        The `digest` of the images and labels.
     """
 
     l2: Tensor
@@ -167,6 +201,7 @@ class Perturbations:
     l0: Tensor
     clean_correct: Tensor
     fooled: Tensor
+    images: str = ""
 
 
 def perturbations(
@@ -187,7 +222,9 @@ def perturbations(
                 ~_correct(model, x_adv, y),
             )
         )
-    return Perturbations(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
+    columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)]
+    l2, linf, relative, l0, clean_correct, fooled = columns
+    return Perturbations(l2, linf, relative, l0, clean_correct, fooled, digest(data_split))
 
 
 def accuracy_within(found: Perturbations, max_residue_ratio: float) -> Accuracy:
@@ -197,17 +234,23 @@ def accuracy_within(found: Perturbations, max_residue_ratio: float) -> Accuracy:
     depend on d, which only decides whether its end counts. An image is lost where the model was
     wrong from the start (η = 0) or where the end of its path lies within d.
     """
-    return Accuracy(~(found.fooled & (found.relative <= max_residue_ratio)))
+    return Accuracy(~(found.fooled & (found.relative <= max_residue_ratio)), found.images)
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """A mean size with its 95% interval, over `n` images; `unfooled` more are not in the mean."""
+    """A mean size with its 95% interval, over `n` images; `unfooled` more are not in the mean.
+
+    ``sizes``, where it is kept, has the size of each image, infinite for those without one and NaN
+    for those that do not count.
+    """
 
     value: float
     ci: tuple[float, float]
     n: int
     unfooled: int
+    sizes: Tensor | None = field(default=None, repr=False, compare=False)
+    images: str = field(default="", repr=False)
 
     def __float__(self) -> float:
         return self.value
@@ -230,7 +273,7 @@ def robustness(found: Perturbations) -> Robustness:
     ValueError
         Where not one image was fooled.
     """
-    return mean_size(found.relative[found.fooled], int((~found.fooled).sum()))
+    return _mean_of(found.relative.masked_fill(~found.fooled, math.inf), found.images)
 
 
 def success(found: Perturbations) -> Accuracy:
@@ -246,9 +289,13 @@ def mean_distance(found: Perturbations, measure: str = "l2") -> Robustness:
     ValueError
         Where not one image was fooled.
     """
-    right = found.clean_correct
-    sizes = getattr(found, measure)[right & found.fooled]
-    return mean_size(sizes, int((right & ~found.fooled).sum()))
+    sizes = getattr(found, measure).masked_fill(~found.fooled, math.inf)
+    return _mean_of(sizes.masked_fill(~found.clean_correct, math.nan), found.images)
+
+
+def _mean_of(sizes: Tensor, images: str) -> Robustness:
+    mean = mean_size(sizes[sizes.isfinite()], int(sizes.isposinf().sum()))
+    return replace(mean, sizes=sizes, images=images)
 
 
 def mean_size(sizes: Tensor, unfooled: int = 0) -> Robustness:
@@ -264,72 +311,29 @@ def mean_size(sizes: Tensor, unfooled: int = 0) -> Robustness:
         raise ValueError(f"none of {unfooled} images was fooled: there is no distance to average")
     mean = float(sizes.mean())
     half = NORMAL_975 * float(sizes.std()) / math.sqrt(n) if n > 1 else math.inf
-    return Robustness(mean, (mean - half, mean + half), n, unfooled)
+    return Robustness(mean, (mean - half, mean + half), n, unfooled, None if unfooled else sizes)
 
 
-@dataclass(frozen=True)
-class MeanAccuracy:
-    """An accuracy averaged over models from several seeds, on `n` images, with a 95% interval."""
+def seed_interval(
+    values: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """95% interval of the mean of the same measurement on networks from several seeds.
 
-    value: float
-    ci: tuple[float, float]
-    n: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.value
-
-    def __float__(self) -> float:
-        return self.value
-
-    def __repr__(self) -> str:
-        low, high = (100 * bound for bound in self.ci)
-        return f"{self.percent:.1f}% ({low:.1f}–{high:.1f}, n={self.n:,})"
-
-
-class Share(Protocol):
-    """What `Accuracy` is: a share of n images with its interval."""
-
-    @property
-    def n(self) -> int: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def percent(self) -> float: ...
-    @property
-    def ci(self) -> tuple[float, float]: ...
-
-
-def over_seeds(outcomes: Sequence[Share] | Sequence[Robustness]) -> Share | Robustness:
-    """The mean of the same measurement on models from several seeds.
-
-    Its interval reaches, at either end, as far as the wider of two: Student's, for the spread over
-    the seeds, and the mean of the outcomes' own, for the draw of the images, which the models have
-    in common. Of mean sizes, `n` and `unfooled` are averaged, too. The only outcome of a single
-    seed is returned as it is.
+    It reaches, at either end, as far as the wider of two: Student's, for the spread over the seeds,
+    and the mean of the measurements' own, for the draw of the images, which the networks share.
 
     Raises
     ------
     ValueError
-        Without an outcome.
+        With fewer than two values.
     """
-    if not outcomes:
-        raise ValueError("there is no outcome to average")
-    first, seeds = outcomes[0], len(outcomes)
-    if seeds == 1:
-        return first
-    values = [outcome.value for outcome in outcomes]
-    lows, highs = zip(*(outcome.ci for outcome in outcomes), strict=True)
+    seeds = len(values)
+    if seeds < 2:
+        raise ValueError(f"{seeds} seed{'s' * (seeds != 1)}: a spread needs at least two")
     mean = statistics.fmean(values)
     half = float(stdtrit(seeds - 1, 0.975)) * statistics.stdev(values) / math.sqrt(seeds)
-    ci = min(mean - half, statistics.fmean(lows)), max(mean + half, statistics.fmean(highs))
-    if isinstance(first, Robustness):
-        n, unfooled = (
-            round(statistics.fmean(getattr(outcome, name) for outcome in outcomes))
-            for name in ("n", "unfooled")
-        )
-        return Robustness(mean, ci, n, unfooled)
-    return MeanAccuracy(mean, (max(0.0, ci[0]), min(1.0, ci[1])), first.n)
+    lows, highs = zip(*intervals, strict=True)
+    return min(mean - half, statistics.fmean(lows)), max(mean + half, statistics.fmean(highs))
 
 
 def on_device_of(

@@ -1,26 +1,29 @@
 """The store of measured numbers, and what the paper prints.
 
-A chapter has two files below `chapters/`: `results/NAME.csv`, what was measured and how, and
-`paper/NAME.csv`, what the paper prints. A number is named by its place in the paper: table, row,
-column and metric. Accuracies are in percent. `folder=` is the folder that holds `results/` and
-`paper/`; by default it is looked for from the working directory and from the package upwards.
+A chapter has files below `chapters/`: `results/NAME.csv`, what was measured and how, one row a
+seed; `results/NAME.npz`, what happened to each image (`defenses.outcomes`); and `paper/NAME.csv`,
+what the paper prints. A number is named by its place in the paper: table, row, column and metric.
+Accuracies are in percent. `folder=` is the folder that holds `results/` and `paper/`; by default it
+is looked for from the working directory and from the package upwards.
 """
 
 import contextlib
 import functools
 import math
 import os
+import platform
+import re
+import statistics
 import subprocess
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+
+from defenses.evaluation import seed_interval
 
 try:
     import fcntl
@@ -29,8 +32,9 @@ except ImportError:  # Windows: record from one process at a time
 
 KEY = ["table", "row", "column", "metric"]
 NUMBERS = ["value", "n", "ci_low", "ci_high", "seconds"]
-COLUMNS = [*KEY, "value", "n", "ci_low", "ci_high", "seeds", "protocol", "dataset", "device"]
-COLUMNS += ["seconds", "versions", "commit", "date"]
+COLUMNS = [*KEY, "value", "n", "ci_low", "ci_high", "seed", "protocol", "dataset", "device"]
+COLUMNS += ["seconds", "versions", "commit", "date", "images", "code"]
+KIND = [*KEY, "protocol", "dataset"]  # rows that differ in the seed only are of one kind
 PROTOCOLS = ["paper", "short", "quick"]  # the best first
 
 Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
@@ -45,11 +49,13 @@ def measure(
     *,
     n: int,
     ci: tuple[float, float] | None = None,
-    seeds: int | Iterable[int],
+    seed: int,
     protocol: str,
     dataset: str,
     device: str | torch.device,
     seconds: float,
+    images: str = "",
+    code: str = "",
 ) -> dict[str, Any]:
     """Return one measurement as a row of the store, with torch's version, the commit and the date.
 
@@ -63,13 +69,18 @@ def measure(
         The number of images that the value is an average over.
     ci : (low, high), optional
         Its 95% interval, in the value's units.
-    seeds : int or ints
+    seed : int
+        Of the training, the order of the images and the attacks' random starts.
     protocol : {"quick", "short", "paper"}
     dataset : str
         The data set that was measured, which need not be the paper's.
     device : str or torch.device
         A torch device is written as the hardware's name, any other text as it is.
     seconds : float
+    images : str
+        A digest of the images and labels (`evaluation.digest`); "" where it is not known.
+    code : str
+        A digest of the code that the number depends on (`book.code.digest`); likewise.
 
     Raises
     ------
@@ -81,84 +92,39 @@ def measure(
         raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
     if not math.isfinite(value) or low > value + 1e-6 or high < value - 1e-6:  # but for rounding
         raise ValueError(f"expected a finite value within its interval, got {value} and {ci}")
-    seeds = [seeds] if isinstance(seeds, int) else seeds
     place = {"table": table, "row": row, "column": column, "metric": metric}
     number = {"value": float(value), "n": int(n), "ci_low": low, "ci_high": high}
-    how = {"seeds": " ".join(map(str, seeds)), "protocol": protocol, "dataset": dataset}
+    how = {"seed": str(int(seed)), "protocol": protocol, "dataset": dataset}
     where = {"device": _hardware(str(device)), "seconds": round(float(seconds), 3)}
     versions = f"torch {torch.__version__.partition('+')[0]}"
-    when = {"versions": versions, "commit": _commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-    return place | number | how | where | when
-
-
-@dataclass
-class Run:
-    """The conditions that all measurements of one run share, and the rows measured so far.
-
-    With ``record`` each row is also written to the store at once, so that a run that is killed
-    keeps what it had measured. Other fields as in `measure`.
-    """
-
-    chapter: str
-    protocol: str
-    dataset: str
-    device: str
-    seeds: int | Sequence[int]
-    record: bool = False
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    _last: float = field(default_factory=time.perf_counter, repr=False)
-
-    def note(
-        self, table: str, row: str, column: str, outcome: Any, metric: str = "accuracy"
-    ) -> Any:
-        """Note one outcome and return it: something with `n`, `ci` and `percent` or else `value`.
-
-        `defenses.evaluation` makes such outcomes; the interval of a percentage is in [0, 1]. The
-        row's seconds are those since the row before it.
-        """
-        shown = hasattr(outcome, "percent")
-        number, scale = (outcome.percent, 100) if shown else (outcome.value, 1)
-        ci = (scale * outcome.ci[0], scale * outcome.ci[1])
-        now = time.perf_counter()
-        how: dict[str, Any] = {"protocol": self.protocol, "dataset": self.dataset}
-        how |= {"device": self.device, "seeds": self.seeds, "seconds": now - self._last}
-        how |= {"n": outcome.n, "ci": ci}
-        self.rows.append(measure(table, row, column, metric, number, **how))
-        self._last = now
-        if self.record:
-            record(self.chapter, self.rows[-1:])
-        return outcome
-
-    def keep(self, name: str, figure: Figure) -> Figure:
-        """Return `figure`; with ``record``, also write `results/figures/CHAPTER-NAME.png`."""
-        if self.record:
-            folder = _folder(self.chapter, None) / "results" / "figures"
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{self.chapter}-{name}.png")
-        return figure
+    when = {"versions": versions, "commit": commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    return place | number | how | where | when | {"images": images, "code": code}
 
 
 def record(chapter: str, rows: Rows, folder: str | Path | None = None) -> None:
-    """Merge measurements into `results/CHAPTER.csv`; a newer one replaces an older one of its kind.
+    """Merge measurements into `results/CHAPTER.csv`; a newer one replaces an older one.
 
-    Two are of one kind when place, protocol and data set agree. The file is replaced in one step
-    and under a lock: neither a kill nor a second process loses a row.
+    One replaces another when place, protocol, data set and seed agree. A row that is a mean over
+    several seeds, as older ones are, goes when as many single seeds are there. The file is replaced
+    in one step and under a lock: neither a kill nor a second process loses a row.
     """
-    file = _folder(chapter, folder) / "results" / f"{chapter}.csv"
+    file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     new = _frame(rows)
     new[NUMBERS] = new[NUMBERS].map(lambda number: "" if math.isnan(number) else f"{number:.10g}")
     with _locked(file.parent):
         merged = pd.concat([_read(file, COLUMNS), new])
-        merged = merged.drop_duplicates([*KEY, "protocol", "dataset"], keep="last")
+        merged = merged.drop_duplicates([*KIND, "seed"], keep="last").sort_values([*KIND, "seed"])
+        several = merged["seed"].str.count(" ")
+        singles = merged.assign(single=several.eq(0)).groupby(KIND)["single"].transform("sum")
         temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        merged.sort_values([*KEY, "protocol", "dataset"]).to_csv(temporary, index=False)
+        merged[several.eq(0) | (singles <= several)].to_csv(temporary, index=False)
         os.replace(temporary, file)
 
 
 def printed(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     """Return what the paper prints, in its order: the value as a number and, `printed`, as text."""
-    file = _folder(chapter, folder) / "paper" / f"{chapter}.csv"
+    file = chapters_folder(chapter, folder) / "paper" / f"{chapter}.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: expected the numbers that the paper prints")
     frame = _read(file, [*KEY, "value", "dataset", "note"])
@@ -175,17 +141,21 @@ def best(
 ) -> pd.DataFrame:
     """Return the best measurement of every place: stored, or among `measured` where it is given.
 
+    It is the mean over the seeds that were measured, with `evaluation.seed_interval`; `seed` names
+    them, and `seconds` are their sum.
+
     The paper's data set or a copy of it (`cifar10-jpeg` for `cifar10`) goes before a stand-in such
     as `digits`; then protocol `paper` before `short` before `quick`; then the paper's very data set
     before its copy. The column `own` names the paper's data set, "" where it has no such place.
     With `dataset` or `protocol` only measurements of that data set or protocol count.
     """
     if measured is None:
-        measured = _read(_folder(chapter, folder) / "results" / f"{chapter}.csv", COLUMNS)
+        measured = _read(chapters_folder(chapter, folder) / "results" / f"{chapter}.csv", COLUMNS)
     own = printed(chapter, folder)[[*KEY, "dataset"]].rename(columns={"dataset": "own"})
-    frame = _frame(measured)[::-1].merge(own, on=KEY, how="left").fillna({"own": ""})
+    frame = _frame(measured).drop_duplicates([*KIND, "seed"], keep="last")
     frame = frame[frame["dataset"].eq(dataset or frame["dataset"])]
     frame = frame[frame["protocol"].eq(protocol or frame["protocol"])]
+    frame = _over_seeds(frame).merge(own, on=KEY, how="left").fillna({"own": ""})
 
     def order(row: Any) -> tuple[bool, int, bool]:
         stand_in = row.dataset == "digits" or not row.dataset.startswith(row.own)
@@ -256,7 +226,40 @@ def coverage(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     return counts
 
 
-def _folder(chapter: str, folder: str | Path | None) -> Path:
+def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a kind: that of its only seed, the mean of several, or an older, larger mean."""
+    alone = ~frame.duplicated(KIND, keep=False)
+    means = [_mean(rows) for _, rows in frame[~alone].groupby(KIND, sort=False)]
+    return pd.concat([frame[alone], *means], ignore_index=True) if means else frame[alone]
+
+
+def _mean(rows: pd.DataFrame) -> pd.DataFrame:
+    several = rows["seed"].str.count(" ")
+    singles = rows[several.eq(0)]
+    if len(singles) <= several.max():
+        return rows[several.eq(several.max())].tail(1)
+    if len(singles) == 1:
+        return singles
+    mean, one = singles.tail(1).copy(), singles.iloc[-1]
+    limits = (0.0, 100.0) if one["metric"] == "accuracy" else (-math.inf, math.inf)
+    intervals = [*zip(singles["ci_low"], singles["ci_high"], strict=True)]
+    low, high = seed_interval(singles["value"].tolist(), intervals)
+    mean["value"], mean["n"] = statistics.fmean(singles["value"]), round(singles["n"].mean())
+    mean["ci_low"], mean["ci_high"] = max(low, limits[0]), min(high, limits[1])
+    mean["seconds"], mean["seed"] = singles["seconds"].sum(), " ".join(sorted(singles["seed"]))
+    for name in ("device", "versions", "commit", "date", "images", "code"):
+        mean[name] = "; ".join(dict.fromkeys(singles[name]))
+    return mean
+
+
+def chapters_folder(chapter: str, folder: str | Path | None = None) -> Path:
+    """The folder that holds the chapters, `results/` and `paper/`: `folder`, or the one found.
+
+    Raises
+    ------
+    FileNotFoundError
+        Neither the working directory nor the package lies in a clone of the book.
+    """
     if folder is not None:
         return Path(folder)
     for start in (Path.cwd(), Path(__file__).parent):
@@ -273,7 +276,10 @@ def _folder(chapter: str, folder: str | Path | None) -> Path:
 def _read(file: Path, columns: list[str]) -> pd.DataFrame:
     if not file.is_file():
         return pd.DataFrame(columns=columns, dtype=str)
-    frame = pd.read_csv(file, dtype=str, keep_default_na=False)  # a row may be called None
+    try:
+        frame = pd.read_csv(file, dtype=str, keep_default_na=False)  # a row may be called None
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{file} is no table, perhaps after a merge conflict: {error}") from error
     if list(frame.columns) != columns:
         raise ValueError(f"{file} has columns {list(frame.columns)}; expected {columns}")
     return frame
@@ -308,16 +314,34 @@ def _hardware(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
+    how_many = f"{threads} thread{'s' * (threads > 1)}"
+    return f"{processor()}, {how_many}" if device == "cpu" else device
 
 
 @functools.cache
-def _commit() -> str:
-    """The commit whose code was imported; the store and run notebooks do not make it dirty."""
-    code = ["--", ":/", ":(exclude,top)*.csv", ":(exclude,top)*.ipynb"]
+def processor() -> str:
+    """The processor's name and the widest instructions that PyTorch uses on it: `AMD …, AVX2`."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        name = found[1].strip() if found else name
+    units = torch.backends.cpu.get_cpu_capability()
+    rounded = " with bf16" * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return f"{name}, {units}{rounded}"
+
+
+@functools.cache
+def commit() -> str:
+    """The commit whose code was imported, with `-dirty` where tracked code differs from it.
+
+    What the book itself writes (stored results and figures, executed notebooks, the picture of the
+    front page) is no code.
+    """
+    own = ["chapters/results/*", "*.ipynb", "book/static/hook.png"]
     try:
         name = _git("rev-parse", "--short", "HEAD")
-        return name + "-dirty" * bool(_git("status", "--porcelain", "-uno", *code))
+        pathspec = ["--", ":/", *(f":(exclude,top){name}" for name in own)]
+        return name + "-dirty" * bool(_git("status", "--porcelain", "-uno", *pathspec))
     except (OSError, subprocess.CalledProcessError):
         return ""
 

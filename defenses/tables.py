@@ -121,7 +121,7 @@ def _headed(frame: pd.DataFrame) -> pd.DataFrame:
 def _how(mark: str, kind: tuple[str, str], measured: pd.DataFrame) -> str:
     protocol, dataset = kind
     others = [name for name in measured["own"].unique() if name not in ("", dataset)]
-    seeds = sorted({int(seed) for text in measured["seeds"] for seed in text.split()})
+    seeds = sorted({int(seed) for text in measured["seed"] for seed in text.split()})
     n = sorted({int(n) for n in measured["n"]})
     return (mark and f"{mark}: ") + "; ".join(
         [
@@ -129,7 +129,7 @@ def _how(mark: str, kind: tuple[str, str], measured: pd.DataFrame) -> str:
             + (f", not {' or '.join(others)}" if others else ""),
             f"n = {n[0]:,}" + (f" to {n[-1]:,}" if len(n) > 1 else ""),
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
-            *measured["device"].unique(),
+            *dict.fromkeys(name for text in measured["device"] for name in text.split("; ")),
             f"{measured['seconds'].sum():,.0f} s in all",
         ]
     )

@@ -20,5 +20,5 @@ def row(
     dataset: str = "digits",
     **changed: Any,
 ) -> dict[str, Any]:
-    how: dict[str, Any] = {"n": 360, "seeds": 0, "device": "a toy", "seconds": 1.5} | changed
+    how: dict[str, Any] = {"n": 360, "seed": 0, "device": "a toy", "seconds": 1.5} | changed
     return measure(table, row, column, metric, value, protocol=protocol, dataset=dataset, **how)

@@ -13,14 +13,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from defenses import results
-from defenses.evaluation import Accuracy, Robustness
+from defenses.evaluation import seed_interval
 from defenses.results import (
     COLUMNS,
     KEY,
-    Run,
     best,
     claim,
     coverage,
@@ -334,11 +332,13 @@ def test_the_paper_repeats_table_1_in_tables_7_8_9_and_13() -> None:
 
 
 def test_a_measurement_says_how_it_was_made() -> None:
-    got = row(ci=(48.0, 52.0), seeds=[0, 1], device=torch.device("cpu"))
+    got = row(ci=(48.0, 52.0), seed=7, device=torch.device("cpu"), images="0a", code="0b")
     assert list(got) == COLUMNS
-    assert (got["seeds"], got["ci_low"], got["ci_high"]) == ("0 1", 48.0, 52.0)
+    assert (got["seed"], got["ci_low"], got["ci_high"]) == ("7", 48.0, 52.0)
+    assert (got["images"], got["code"]) == ("0a", "0b")
     threads = torch.get_num_threads()
-    assert got["device"] == ("CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads")
+    assert got["device"].endswith("1 thread" if threads == 1 else f"{threads} threads")
+    assert got["device"].startswith(results.processor()) and len(results.processor()) > 4
     assert re.fullmatch(r"torch \d+\.\d+\.\d+\w*", got["versions"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", got["date"])
     assert math.isnan(row()["ci_low"])
@@ -372,12 +372,15 @@ def git(folder: Path, *arguments: str) -> str:
 def test_the_commit_is_marked_when_code_differs_and_not_when_results_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, numbers = tmp_path / "defenses" / "results.py", tmp_path / "results" / "a.csv"
+    code = tmp_path / "defenses" / "results.py"
+    stored = tmp_path / "chapters" / "results"
+    own = [stored / "a.csv", stored / "a.npz", stored / "figures" / "a-1.png"]
+    own += [tmp_path / "chapters" / "a.ipynb", tmp_path / "book" / "static" / "hook.png"]
     monkeypatch.setattr(results, "__file__", str(code))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    find = results._commit.__wrapped__
-    for file in (code, numbers):
-        file.parent.mkdir()
+    find = results.commit.__wrapped__
+    for file in (code, *own):
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("1\n")
     assert find() == ""  # no repository
     git(tmp_path, "init")
@@ -386,7 +389,8 @@ def test_the_commit_is_marked_when_code_differs_and_not_when_results_do(
     git(tmp_path, "commit", "-m", "a")
     head = git(tmp_path, "rev-parse", "--short", "HEAD")
     assert find() == head
-    numbers.write_text("2\n")
+    for file in own:  # what the book itself writes
+        file.write_text("2\n")
     (tmp_path / "notes.txt").write_text("not tracked\n")
     assert find() == head
     code.write_text("2\n")
@@ -405,6 +409,8 @@ def test_recording_merges_replaces_and_keeps_an_order(store: Path) -> None:
     assert frame["ci_low"].tolist() == ["", "18", ""]
     record(CHAPTER, [row(protocol="short", dataset="mnist"), row(dataset="mnist")], store)
     assert len(stored(store)) == 5  # another protocol, another data set: beside the old one
+    record(CHAPTER, [row(seed=1)], store)
+    assert stored(store)["seed"].tolist().count("1") == 1 and len(stored(store)) == 6
 
 
 def test_recording_the_same_again_changes_no_byte(store: Path) -> None:
@@ -423,10 +429,12 @@ def test_rows_that_lack_columns_and_foreign_files_are_refused(store: Path) -> No
     with pytest.raises(ValueError, match=r"lack row, column.*measure"):
         record(CHAPTER, [{"table": "table1"}], store)
     file = store / "results" / f"{CHAPTER}.csv"
-    file.write_text("<<<<<<< HEAD\n")
-    with pytest.raises(ValueError, match=f"{file}.*expected"):
-        record(CHAPTER, [row()], store)
-    assert file.read_text() == "<<<<<<< HEAD\n"
+    conflict = "\n".join([",".join(COLUMNS), "<<<<<<< HEAD", ",".join("a" * 20), ""])
+    for text in ("<<<<<<< HEAD\n", conflict):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"{file}"):
+            record(CHAPTER, [row()], store)
+        assert file.read_text() == text
 
 
 def record_many(store: Path, names: list[str]) -> None:
@@ -497,6 +505,54 @@ def test_of_two_of_a_kind_the_later_is_taken(store: Path) -> None:
     assert best(CHAPTER, rows, folder=store)["value"].tolist() == [2.0]
 
 
+# Several seeds
+
+
+def of_seeds(*values: float, **changed: Any) -> list[dict[str, Any]]:
+    return [
+        row(value=v, ci=(v - 1, v + 1), seed=seed, seconds=1.0, **changed)
+        for seed, v in enumerate(values)
+    ]
+
+
+def test_of_several_seeds_the_mean_is_read_with_its_interval(store: Path) -> None:
+    rows = of_seeds(50.0, 52.0, 57.0)
+    record(CHAPTER, rows, store)
+    (got,) = best(CHAPTER, folder=store).to_dict("records")
+    low, high = seed_interval([50, 52, 57], [(49, 51), (51, 53), (56, 58)])
+    assert got["value"] == pytest.approx(53) and got["seed"] == "0 1 2" and got["seconds"] == 3
+    assert (got["ci_low"], got["ci_high"]) == pytest.approx((low, high))
+    assert value(CHAPTER, "table1", "SM", "mnist fgsm 0.3", folder=store) == pytest.approx(53)
+    record(CHAPTER, of_seeds(20.0), store)  # a newer measurement of seed 0 only
+    assert best(CHAPTER, folder=store)["value"].tolist() == pytest.approx([43])
+
+
+def test_the_mean_of_an_accuracy_stays_within_bounds(store: Path) -> None:
+    rows = [row(value=v, ci=(v, v), seed=s) for s, v in enumerate((100.0, 99.0))]
+    (got,) = best(CHAPTER, rows, folder=store).to_dict("records")
+    assert got["ci_high"] == 100 and got["ci_low"] < 99
+    for r in rows:
+        r["metric"] = "mean distance"
+    assert best(CHAPTER, rows, folder=store)["ci_high"].tolist()[0] > 100
+
+
+def test_seeds_are_not_mixed_with_other_protocols_or_data(store: Path) -> None:
+    rows = of_seeds(10.0, 20.0) + of_seeds(90.0, protocol="short")
+    assert best(CHAPTER, rows, folder=store)["value"].tolist() == [90.0]
+    assert best(CHAPTER, rows, protocol="quick", folder=store)["value"].tolist() == [15.0]
+
+
+def test_an_older_mean_over_seeds_stands_until_as_many_single_ones_are_there(store: Path) -> None:
+    old = row(value=10.0, ci=(9, 11)) | {"seed": "0 1 2"}
+    record(CHAPTER, [old], store)
+    record(CHAPTER, of_seeds(50.0, 52.0), store)
+    assert best(CHAPTER, folder=store)["value"].tolist() == [10.0]
+    assert len(stored(store)) == 3
+    record(CHAPTER, of_seeds(50.0, 52.0, 54.0), store)
+    assert best(CHAPTER, folder=store)["value"].tolist() == pytest.approx([52.0])
+    assert stored(store)["seed"].tolist() == ["0", "1", "2"]
+
+
 def test_a_value_comes_from_the_store_from_a_run_or_from_the_paper(store: Path) -> None:
     place = (CHAPTER, "table1", "SM", "mnist fgsm 0.3")
     with pytest.raises(ValueError, match=r"nobody has measured.*table1 / SM / mnist fgsm 0\.3"):
@@ -562,40 +618,3 @@ def test_what_others_report_is_quoted_and_not_counted() -> None:
     assert set(cited["table"]) == {"cited"} and len(cited) == 8
     assert "cited" not in coverage("batchout").index
     assert value("batchout", "cited", "the paper's network", "mnist pgd 0.3", source="paper") == 5
-
-
-# A run
-
-
-def run_in(store: Path, monkeypatch: pytest.MonkeyPatch, **changed: Any) -> Run:
-    monkeypatch.chdir(store)
-    return Run(CHAPTER, "quick", "digits", "a toy", 3, **changed)
-
-
-def test_a_run_notes_percentages_and_ratios_with_their_intervals(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = run_in(store, monkeypatch)
-    accuracy = Accuracy(torch.tensor([True, True, True, False]))
-    assert run.note("table1", "SM", "mnist fgsm 0.3", accuracy) is accuracy
-    run.note("table3", "SM", "mnist deepfool", Robustness(0.2, (0.1, 0.3), 9, 1), "robustness")
-    first, second = run.rows
-    assert (first["value"], first["n"], first["metric"]) == (75.0, 4, "accuracy")
-    assert (first["ci_low"], first["ci_high"]) == pytest.approx([100 * b for b in accuracy.ci])
-    assert (second["value"], second["ci_low"], second["n"]) == (0.2, 0.1, 9)
-    assert {(r["protocol"], r["dataset"], r["seeds"]) for r in run.rows} == {
-        ("quick", "digits", "3")
-    }
-    assert not (store / "results").exists()  # nothing is written unless asked for
-
-
-def test_a_recording_run_writes_each_row_and_figure_at_once(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = run_in(store, monkeypatch, record=True)
-    for name in ("SM", "CCN"):
-        run.note("table1", name, "mnist fgsm 0", Accuracy(torch.tensor([True])))
-        assert name in set(stored(store)["row"])
-    figure = Figure()
-    assert run.keep("1", figure) is figure
-    assert (store / "results" / "figures" / f"{CHAPTER}-1.png").stat().st_size > 0

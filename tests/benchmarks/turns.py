@@ -260,7 +260,7 @@ def kept(
 ) -> dict[str, Any]:
     """A row of the store: on which hardware, with how many threads and which libraries."""
     device = f"{hardware()}, {torch.get_num_threads()} threads" if DEVICE == "cpu" else DEVICE
-    how = {"seeds": 0, "device": device, **how}
+    how = {"seed": 0, "device": device, **how}
     number = measure(f"{table} {DEVICE}", row, column, metric, value, **how)
     return number | {"versions": "; ".join([number["versions"], *versions()])}
 

@@ -1,0 +1,235 @@
+"""What all measurements of one run of a chapter share, and the folder that it goes on from."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from matplotlib.figure import Figure
+
+from defenses import code, outcomes
+from defenses.data import NAMES
+from defenses.results import KEY, PROTOCOLS, chapters_folder, measure
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """The parameters of a chapter, checked before any work, and what the run has measured.
+
+    Parameters
+    ----------
+    chapter : str
+    protocol : {"quick", "short", "paper"}
+    dataset : str
+        A name that `load_data` takes; empty: `digits` at `quick`, else `mnist`.
+    device : str
+        `cpu`, `cuda`, `cuda:1`, …; empty: `cuda` where there is one, else `cpu`.
+    seed : int
+    results : str
+        A folder for what the run measures and trains, made where it is missing. A later run with
+        the same folder goes on from it: what is there is neither trained nor measured again. Empty:
+        nothing is kept.
+    only : str
+        The one network (or other name given to `networks`) to work on; empty: all.
+
+    Raises
+    ------
+    ValueError
+        A parameter is not of its type, names nothing known, or asks for what is not there.
+    """
+
+    chapter: str
+    protocol: str = "quick"
+    dataset: str = ""
+    device: str = ""
+    seed: int = 0
+    results: str = ""
+    only: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    known: list[str] = field(default_factory=list, repr=False)
+    _last: float = field(default_factory=time.perf_counter, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("protocol", "dataset", "device", "results", "only"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(
+                f"seed must be a whole number, got {self.seed!r}; papermill's -r gives text, -p not"
+            )
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"unknown protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}"
+            )
+        self.dataset = self.dataset or ("mnist" if self.full else "digits")
+        if self.dataset not in NAMES and not re.match("imagefolder:.", self.dataset):
+            raise ValueError(
+                f"unknown data set {self.dataset!r}: expected one of {', '.join(NAMES)}"
+            )
+        self.device = _device(self.device)
+        if self.results:
+            _writable(Path(self.results))
+
+    @property
+    def full(self) -> bool:
+        """Whether the run is more than a quick one."""
+        return self.protocol != "quick"
+
+    def networks(self, names: Iterable[T]) -> list[T]:
+        """Those of `names` that this run is to work on: all, or the one that `only` names."""
+        names = list(names)
+        self.known += [n for n in map(str, names) if n not in self.known]
+        return [name for name in names if not self.only or str(name) == self.only]
+
+    def takes(self, name: str) -> bool:
+        """Whether to do what is called `name`: a measurement that needs several networks."""
+        return bool(self.networks([name]))
+
+    def checkpoint(self, name: str) -> Path | None:
+        """The file that the training called `name` goes on from; None where nothing is kept."""
+        if not self.results:
+            return None
+        folder = f"{_file_name(self.dataset)}-{self.protocol}-{self.seed}"
+        return Path(self.results, "checkpoints", folder, self.chapter, f"{_file_name(name)}.pt")
+
+    def note(
+        self, table: str, row: str, column: str, outcome: Any, metric: str = "accuracy"
+    ) -> Any:
+        """Note one outcome and return it: something with `n`, `ci` and `percent` or else `value`.
+
+        `defenses.evaluation` makes such outcomes; the interval of a percentage is in [0, 1]. Where
+        `outcome` is a function without arguments, it is called only if the folder `results` does
+        not hold what it returned before, from the same code. The row's seconds are those since the
+        row before it.
+        """
+        place, behind = (table, row, column, metric), self._code()
+        stored = self._stored.get(place)
+        if stored is not None and callable(outcome) and stored["code"] == behind:
+            kept = outcomes.from_json(stored["outcome"])
+            self.rows.append({name: stored[name] for name in stored if name != "outcome"})
+            self._last = time.perf_counter()
+            return kept
+        outcome = outcome() if callable(outcome) else outcome
+        shown = hasattr(outcome, "percent")
+        number, scale = (outcome.percent, 100) if shown else (outcome.value, 1)
+        ci = (scale * outcome.ci[0], scale * outcome.ci[1])
+        now = time.perf_counter()
+        how: dict[str, Any] = {"protocol": self.protocol, "dataset": self.dataset}
+        how |= {"device": self.device, "seed": self.seed, "seconds": now - self._last}
+        how |= {"n": outcome.n, "ci": ci, "code": behind}
+        how |= {"images": getattr(outcome, "images", "")}
+        self.rows.append(measure(*place, number, **how))
+        self._last = now
+        if self.results:
+            self._append(self.rows[-1] | {"outcome": outcomes.to_json(outcome)})
+        return outcome
+
+    def keep(self, name: str, figure: Figure) -> Figure:
+        """Return `figure`; also write it to `figures/CHAPTER-NAME.png` in the folder `results`."""
+        if self.results:
+            folder = Path(self.results, "figures", f"{self.dataset}-{self.protocol}-{self.seed}")
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{self.chapter}-{name}.png")
+        return figure
+
+    def draw(self, name: str, make: Callable[[], Figure]) -> Figure | None:
+        """Draw and `keep` a figure of several networks: the unit `figures`."""
+        return self.keep(name, make()) if self.takes("figures") else None
+
+    @property
+    def file(self) -> Path:
+        """Where the rows of this run are kept, a line each; its name says what the run is of."""
+        parts = [self.dataset, self.protocol, self.seed, self.only or "all"]
+        name = "-".join(_file_name(str(part)) for part in parts)
+        return Path(self.results, "rows", self.chapter, f"{name}.jsonl")
+
+    @cached_property
+    def _stored(self) -> dict[tuple[str, ...], dict[str, Any]]:
+        rows = read_rows(self.file) if self.results else []
+        return {tuple(row[name] for name in KEY): row for row in rows}
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab+") as file:
+            if file.seek(0, os.SEEK_END) and not _ends_line(file):
+                file.write(b"\n")  # after a line that a kill has cut off
+            file.write(json.dumps(row, allow_nan=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _code(self) -> str:
+        """The digest of the code behind the running cell; in Jupyter, of the whole chapter."""
+        if not self.results:
+            return ""
+        notebook = chapters_folder(self.chapter) / f"{self.chapter}.ipynb"
+        frame, cell = sys._getframe(1), None
+        while frame is not None:
+            if found := re.fullmatch(r"<cell (\d+)>", frame.f_code.co_filename):
+                cell = int(found[1])  # the outermost: the cell, not a function from another
+            frame = frame.f_back  # type: ignore[assignment]
+        return code.digest(notebook, cell)
+
+
+class OnDemand(dict[str, T]):
+    """A dict whose entries are made by ``make(name)`` when they are first asked for."""
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, name: str) -> T:
+        self[name] = made = self.make(name)
+        return made
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of one file of a run, without a last line that a kill has cut off."""
+    rows = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _file_name(text: str) -> str:
+    """`text` as a name that every file system takes; two texts have two names."""
+    safe = re.sub(r"[^\w.+=-]+", "_", text)
+    return safe if safe == text else f"{safe}~{zlib.crc32(text.encode()):08x}"
+
+
+def _device(name: str) -> str:
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {name!r} is not there: PyTorch sees {count} GPUs; take cpu")
+    return name
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder results={str(folder)!r} cannot be made: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"the folder results={str(folder)!r} cannot be written to")

@@ -1,0 +1,135 @@
+"""The digest of the code behind a number changes with that code, and with nothing else."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from defenses import code
+
+MODULE = '''
+"""A module."""
+from .other import helper
+RATE = 0.1
+
+def attack(x):
+    """Docstring."""
+    return helper(x) * RATE
+
+def unused(x):
+    return -x
+
+class Net:
+    def forward(self, x):
+        return attack(x)
+'''
+OTHER = "def helper(x):\n    return x + 1\n\ndef stranger():\n    return 0\n"
+CELLS = [
+    ("from defenses import idea\nfrom defenses.idea import Net", []),
+    ("steps: int = 3  # how many", ["parameters"]),
+    ("table = {'a': 1}\nother_table = {'a': 1}", []),
+    ("def measured():\n    return idea.attack(table['a'])", []),
+    ("note = measured()", []),
+    ("beside = Net()", []),
+    ("print('shown')", ["nbval-check-output"]),
+]
+
+
+@pytest.fixture
+def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "idea.py").write_text(MODULE)
+    (tmp_path / "other.py").write_text(OTHER)
+    (tmp_path / "plots.py").write_text("def show():\n    return 1\n")
+    monkeypatch.setattr(code, "PACKAGE", tmp_path)
+    write(tmp_path, CELLS)
+    yield tmp_path
+    code._module.cache_clear()
+    code._digest.cache_clear()
+
+
+def write(book: Path, cells: list[tuple[str, list[str]]]) -> None:
+    content = [
+        {"cell_type": "code", "source": [source], "metadata": {"tags": tags}}
+        for source, tags in cells
+    ]
+    (book / "a.ipynb").write_text(json.dumps({"cells": content}))
+
+
+def digest(book: Path, cell: int | None = 4) -> str:
+    code._module.cache_clear()
+    code._digest.cache_clear()
+    return code.digest(book / "a.ipynb", cell)
+
+
+def changed(book: Path, old: str, new: str) -> str:
+    """The digest behind cell 4 after a change in whichever file has `old`."""
+    for file in book.iterdir():
+        text = file.read_text()
+        if old in text:
+            file.write_text(text.replace(old, new))
+    return digest(book)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("RATE = 0.1", "RATE = 0.2"),
+        ("helper(x) * RATE", "helper(x) / RATE"),
+        ("return x + 1", "return x + 2"),
+        ("table = {'a': 1}\\nother", "table = {'a': 2}\\nother"),
+        ("idea.attack(table", "idea.attack(1 + table"),
+        ("note = measured()", "note = -measured()"),
+    ],
+)
+def test_it_changes_with_what_the_number_depends_on(book: Path, old: str, new: str) -> None:
+    before = digest(book)
+    assert changed(book, old, new) != before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Docstring.", "Another."),
+        ("A module.", "Another."),
+        ("return -x", "return +x"),
+        ("return 0", "return 1"),
+        ("return attack(x)", "return -attack(x)"),
+        ("other_table = {'a': 1}", "other_table = {'a': 2}"),
+        ("beside = Net()", "beside = -Net()"),
+        ("steps: int = 3", "steps: int = 4"),
+        ("print('shown')", "print('told')"),
+        ("def helper(x):", "# a comment\ndef helper(x):"),
+    ],
+)
+def test_it_does_not_change_with_anything_else(book: Path, old: str, new: str) -> None:
+    before = digest(book)
+    assert changed(book, old, new) == before
+
+
+def test_that_of_the_whole_chapter_holds_all_cells(book: Path) -> None:
+    before = digest(book, None)
+    changed(book, "return attack(x)", "return -attack(x)")
+    assert digest(book, None) != before
+
+
+def test_what_is_changed_in_place_counts(book: Path) -> None:
+    before = digest(book)
+    write(book, [*CELLS[:3], ("table['b'] = 2", []), *CELLS[3:]])
+    assert digest(book, 5) != before
+
+
+def test_a_module_asked_by_getattr_counts_whole(book: Path) -> None:
+    cells = [*CELLS[:4], ("note = getattr(idea, 'att' + 'ack')", []), *CELLS[5:]]
+    write(book, cells)
+    before = digest(book)
+    assert changed(book, "return -x", "return +x") != before
+
+
+def test_it_follows_the_real_chapters_into_the_real_module() -> None:
+    chapters = Path(code.__file__).parents[1] / "chapters"
+    for notebook in sorted(chapters.glob("*.ipynb")):
+        cells = code.measuring(notebook)
+        found = {code.digest(notebook, cell.index) for cell in cells}
+        assert len(found) > len(cells) // 2, notebook.stem
+        assert {"parameters"} in [cell.tags for cell in cells], notebook.stem

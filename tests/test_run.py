@@ -1,0 +1,193 @@
+"""A run of a chapter: its parameters, what it notes, and how it goes on from what it has kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from defenses import outcomes
+from defenses.evaluation import Accuracy, Robustness, Share
+from defenses.results import COLUMNS
+from defenses.run import OnDemand, Run, _file_name, read_rows
+from tests.measurements import CHAPTER
+
+RIGHT = Accuracy(torch.tensor([True, True, True, False]), "0a1b2c3d")
+PLACE = ("table1", "SM", "mnist fgsm 0.3")
+
+
+def a_run(folder: Path | str = "", **changed: Any) -> Run:
+    how: dict[str, Any] = {"device": "cpu", "seed": 3, "results": str(folder)} | changed
+    return Run(CHAPTER, **how)
+
+
+# Its parameters
+
+
+def test_what_is_not_given_is_filled_in() -> None:
+    run = Run(CHAPTER)
+    assert (run.protocol, run.dataset, run.full) == ("quick", "digits", False)
+    assert run.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert (Run(CHAPTER, "short").dataset, Run(CHAPTER, "short").full) == ("mnist", True)
+    assert Run(CHAPTER, dataset="imagefolder:cats").dataset == "imagefolder:cats"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"protocol": "long"}, "one of paper, short, quick"),
+        ({"protocol": 3}, "must be text"),
+        ({"dataset": "mnits"}, "one of digits, mnist"),
+        ({"dataset": "imagefolder:"}, "one of digits"),
+        ({"device": "gpu"}, "expected cpu, cuda"),
+        ({"device": "cuda:99"}, "is not there.*take cpu"),
+        ({"seed": 7.5}, "whole number"),
+        ({"seed": "7"}, "papermill's -r gives text"),
+        ({"seed": True}, "whole number"),
+        ({"results": False}, "must be text"),
+        ({"results": "/proc/nothing"}, "cannot be made"),
+        ({"only": None}, "must be text"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Run(CHAPTER, **wrong)
+
+
+def test_only_one_network_is_worked_on_and_all_are_known() -> None:
+    run = a_run(only="CCN")
+    assert run.networks(["SM", "CCN"]) == ["CCN"] and run.networks(["LS"]) == []
+    assert not run.takes("transfer") and run.takes("CCN")
+    assert run.known == ["SM", "CCN", "LS", "transfer"]
+    assert a_run().networks(("SM", "CCN")) == ["SM", "CCN"] and a_run().takes("transfer")
+
+
+def test_networks_are_made_when_first_asked_for() -> None:
+    made: list[str] = []
+
+    def train(name: str) -> str:
+        made.append(name)
+        return name.lower()
+
+    trained = OnDemand(train)
+    assert not made and trained["SM"] == "sm" and trained["SM"] == "sm" and made == ["SM"]
+
+
+# What it notes
+
+
+def test_a_run_notes_percentages_and_ratios_with_their_intervals(tmp_path: Path) -> None:
+    run = a_run()
+    assert run.note(*PLACE, RIGHT) is RIGHT
+    run.note("table3", "SM", "mnist deepfool", Robustness(0.2, (0.1, 0.3), 9, 1), "robustness")
+    first, second = run.rows
+    assert list(first) == COLUMNS
+    assert (first["value"], first["n"], first["metric"]) == (75.0, 4, "accuracy")
+    assert (first["ci_low"], first["ci_high"]) == pytest.approx([100 * b for b in RIGHT.ci])
+    assert (first["images"], first["seed"]) == ("0a1b2c3d", "3")
+    assert (second["value"], second["ci_low"], second["n"]) == (0.2, 0.1, 9)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def measured() -> Accuracy:
+        asked.append("")
+        return RIGHT
+
+    for _ in range(3):
+        found = a_run(tmp_path).note(*PLACE, measured)
+        assert torch.equal(found.correct, RIGHT.correct) and found.images == RIGHT.images
+    assert len(asked) == 1
+    for other in ({"seed": 4}, {"protocol": "short"}, {"only": "SM"}, {"dataset": "mnist"}):
+        a_run(tmp_path, **other).note(*PLACE, measured)
+    assert len(asked) == 5
+    a_run(tmp_path).note("table1", "SM", "mnist fgsm 0.4", measured)
+    assert len(asked) == 6
+
+
+def test_rows_of_other_code_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_run(tmp_path).note(*PLACE, lambda: RIGHT)
+    monkeypatch.setattr("defenses.code.digest", lambda *place: "changed")
+    run = a_run(tmp_path)
+    run.note(*PLACE, lambda: Accuracy(~RIGHT.correct))
+    assert run.rows[0]["value"] == 25 and run.rows[0]["code"] == "changed"
+    assert [row["value"] for row in read_rows(run.file)] == [75, 25]
+
+
+def test_a_line_that_a_kill_has_cut_off_costs_that_line_only(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    for column in ("a", "b"):
+        run.note("t", "SM", column, lambda: RIGHT)
+    whole = run.file.read_bytes()
+    for cut in range(len(whole) // 2 + 1, len(whole), 37):
+        run.file.write_bytes(whole[:cut])
+        again = a_run(tmp_path)
+        again.note("t", "SM", "a", lambda: pytest.fail("measured again"))
+        again.note("t", "SM", "b", lambda: RIGHT)
+        rows = read_rows(run.file)
+        assert [row["column"] for row in rows] == ["a", "b"]
+        assert all(outcomes.from_json(row["outcome"]).value == 0.75 for row in rows)
+
+
+def test_pictures_and_checkpoints_lie_apart_by_what_they_are_of(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path), a_run(tmp_path, seed=4), a_run(tmp_path, protocol="short")]
+    files = [run.checkpoint("CCN+LS") for run in runs] + [runs[0].checkpoint("CCN LS")]
+    assert len({*files}) == 4 and a_run().checkpoint("SM") is None
+    figure = Figure()
+    assert runs[0].draw("1", lambda: figure) is figure and a_run().keep("1", figure) is figure
+    assert a_run(tmp_path, only="SM").draw("2", lambda: figure) is None
+    (kept,) = tmp_path.rglob("*.png")
+    assert kept.name == f"{CHAPTER}-1.png" and kept.stat().st_size > 0
+
+
+@given(st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=2, unique=True))
+def test_two_names_are_two_files(names: list[str]) -> None:
+    first, second = map(_file_name, names)
+    assert first != second and not set(first) & set('/\\:*?"<>|')
+
+
+# What happened to each image
+
+
+@settings(max_examples=50)
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_right_and_wrong_come_back_image_by_image(right: list[bool]) -> None:
+    packed = json.loads(json.dumps(outcomes.to_json(Accuracy(torch.tensor(right), "ab"))))
+    found = outcomes.from_json(packed)
+    assert isinstance(found, Accuracy)
+    assert found.correct.tolist() == right and found.images == "ab"
+
+
+def test_distances_come_back_as_halves_and_bare_numbers_as_they_were() -> None:
+    sizes = torch.tensor([0.5, torch.inf, torch.nan, 1 / 3], dtype=torch.float64)
+    found = outcomes.from_json(outcomes.to_json(Robustness(0.4, (0.3, 0.5), 2, 1, sizes, "cd")))
+    assert isinstance(found, Robustness) and found.sizes is not None
+    assert (found.value, found.ci, found.n, found.unfooled) == (0.4, (0.3, 0.5), 2, 1)
+    assert found.sizes.tolist()[:2] == [0.5, torch.inf] and found.sizes[2].isnan()
+    assert found.sizes[3] == pytest.approx(1 / 3, rel=1e-3)
+    assert outcomes.from_json(outcomes.to_json(Share(0.25, 8))) == Share(0.25, 8)
+
+
+def test_the_outcomes_of_a_chapter_are_one_file_without_pickle(tmp_path: Path) -> None:
+    run, file = a_run(tmp_path), tmp_path / "a.npz"
+    run.note(*PLACE, lambda: RIGHT)
+    run.note("t", "SM", "far", Robustness(1.0, (1.0, 1.0), 1, 0, torch.ones(3)), "mean distance")
+    run.note("t", "SM", "bare", Share(0.5, 4))
+    outcomes.store(file, read_rows(run.file))
+    outcomes.store(file, read_rows(run.file)[:1])  # a second time: it replaces
+    found = outcomes.load(file)
+    key = (*PLACE, "accuracy", "quick", "digits", "3")
+    assert len(found) == 2 and found[key].tolist() == RIGHT.correct.tolist()
+    assert found["t", "SM", "far", "mean distance", "quick", "digits", "3"].tolist() == [1, 1, 1]
+    with np.load(file, allow_pickle=False) as content:
+        assert set(content) == {"names", "lengths", "is_bits", "bits", "sizes"}
+    assert outcomes.load(tmp_path / "nothing.npz") == {}
