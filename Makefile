@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book test bench sync execute
+.PHONY: book test bench sync execute results status
 .DELETE_ON_ERROR:
 
 book: .venv/.book
@@ -17,12 +17,23 @@ test: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist loadscope -rs
+	$(BIN)/python -m pytest -n auto --dist loadgroup -rs
 
 # Stores what it measured also where a target is missed; then the page that shows it is run anew.
 bench: .venv/.test
 	@$(BIN)/python -m pytest tests/benchmarks --record; status=$$?; \
 	    $(BIN)/python -m book.execute book/performance.ipynb && exit $$status
+
+# Computes what the tables lack, best value first, and goes on where it was killed. For instance:
+# make results CHAPTERS="batchout attacks" PROTOCOL=short DATASET=mnist SEEDS="0 1" MINUTES=60 JOBS=1
+results: .venv/.sweep
+	@$(BIN)/python -m book.campaign results $(if $(CHAPTERS),--chapters $(CHAPTERS)) \
+	    $(if $(PROTOCOL),--protocol $(PROTOCOL)) $(if $(DATASET),--dataset $(DATASET)) \
+	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(JOBS),--jobs $(JOBS))
+
+# What is stored of each table, and which of it comes from code that has changed since.
+status: .venv/.book
+	@$(BIN)/python -m book.campaign status $(if $(CHAPTERS),--chapters $(CHAPTERS))
 
 # For authors: the address into every place that needs it, code formatted, .ipynb and .md in step.
 sync: .venv/.test
@@ -46,6 +57,10 @@ execute: sync
 
 .venv/.book: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[book]'
+	@touch $@
+
+.venv/.sweep: .venv/.book
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sweep]'
 	@touch $@
 
 .venv/.test: .venv/.book

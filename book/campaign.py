@@ -1,0 +1,381 @@
+"""Compute what is missing or out of date, best value first: what `make results` does.
+
+The unit of work is one network of one chapter, at one data set, protocol and seed: its training and
+all its measurements. A unit runs the chapter's own cells, those that measure, without Jupyter. What
+it has trained and measured lies in `runs/`, so that a killed unit goes on where it was; `merge`
+carries the finished rows into `chapters/results`.
+
+    python -m book.campaign plan        what there is to do, in order, with its cost
+    python -m book.campaign results     do it: by Snakemake where it is installed, else one by one
+    python -m book.campaign unit NAME   one unit, as Snakemake calls it
+    python -m book.campaign merge       rows of runs/ into the book's store
+    python -m book.campaign status      what the store holds, and from which code
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+
+from defenses import code, outcomes, training
+from defenses.results import COLUMNS, KEY, PROTOCOLS, commit, printed, record
+from defenses.run import Run, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = ROOT / "chapters"
+SNAKEFILE = Path(__file__).with_name("campaign.smk")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One network (or one measurement of several) of one chapter under one set of conditions."""
+
+    chapter: str
+    dataset: str
+    protocol: str
+    seed: int
+    only: str
+
+    def run(self, results: Path, device: str = "") -> Run:
+        """The `Run` that the chapter makes for this unit."""
+        place = self.chapter, self.protocol, self.dataset, device, self.seed
+        return Run(*place, results=str(results), only=self.only)
+
+    @property
+    def notebook(self) -> Path:
+        return CHAPTERS / f"{self.chapter}.ipynb"
+
+    def done(self, results: Path) -> Path:
+        """The file that says that all of this unit's cells have run, and from which code."""
+        return self.run(results).file.with_suffix(".done")
+
+    def is_done(self, results: Path) -> bool:
+        file = self.done(results)
+        return file.is_file() and file.read_text() == code.digest(self.notebook)
+
+
+def execute(notebook: Path, parameters: dict[str, Any], stop: str = "") -> dict[str, Any]:
+    """Run the measuring cells of `notebook` as plain Python and return the names that they bind.
+
+    Raises
+    ------
+    ValueError
+        The notebook has no parameter of that name.
+    """
+    names: dict[str, Any] = {"__name__": "__main__"}
+    matplotlib.use("Agg")
+    with contextlib.chdir(notebook.parent):
+        for cell in code.measuring(notebook):
+            exec(compile(cell.source, f"<cell {cell.index}>", "exec"), names)
+            if "parameters" in cell.tags:
+                if unknown := parameters.keys() - names.keys():
+                    raise ValueError(f"{notebook.name} has no parameter {sorted(unknown)}")
+                names |= parameters
+    return names
+
+
+def do(unit: Unit, results: Path, data_root: str = "") -> None:
+    """Train and measure what `unit` lacks, and mark it as done."""
+    with free_gpu() as device, contextlib.redirect_stdout(sys.stderr):
+        parameters = {"protocol": unit.protocol, "dataset": unit.dataset, "seed": unit.seed}
+        parameters |= {"only": unit.only, "results": str(results.resolve()), "device": device}
+        execute(unit.notebook, parameters | {"data_root": data_root})
+    unit.done(results).parent.mkdir(parents=True, exist_ok=True)
+    unit.done(results).write_text(code.digest(unit.notebook))
+
+
+@contextlib.contextmanager
+def free_gpu() -> Iterator[str]:
+    """The name of a GPU that no other unit on this machine holds; "" where there is only one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < 2:
+        yield ""
+        return
+    folder = Path(tempfile.gettempdir(), f"does-it-hold-gpus-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    while True:
+        for index in range(count):
+            lock = folder / str(index)
+            if not _alive(lock):
+                lock.unlink(missing_ok=True)
+            with contextlib.suppress(FileExistsError):
+                with lock.open("x") as file:
+                    file.write(str(os.getpid()))
+                try:
+                    yield f"cuda:{index}"
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+        time.sleep(1)
+
+
+def _alive(lock: Path) -> bool:
+    try:
+        os.kill(int(lock.read_text() or os.getpid()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# What there is to do
+
+
+def units(chapter: str, dataset: str, protocol: str, seeds: Sequence[int]) -> list[Unit]:
+    """The units of a chapter, in its own order: asked by running it for a network that is none."""
+    nothing = {"protocol": protocol, "dataset": dataset, "only": "(none)", "data_root": _data()}
+    run = execute(CHAPTERS / f"{chapter}.ipynb", nothing)["run"]
+    return [
+        Unit(chapter, run.dataset, protocol, seed, name) for seed in seeds for name in run.known
+    ]
+
+
+def costs(found: Sequence[Unit]) -> dict[str, float]:
+    """Floating-point operations of each network's training, from one step of it."""
+    first = found[0]
+    with training.counted() as counts:
+        names = execute(
+            first.notebook,
+            {"protocol": first.protocol, "dataset": first.dataset, "only": "(none)"},
+        )
+        flops: dict[str, float] = {}
+        for name in dict.fromkeys(unit.only for unit in found):
+            before = sum(counts)
+            with contextlib.suppress(KeyError):  # no network: a measurement of several
+                names["trained"][name]
+            flops[name] = sum(counts) - before
+    return flops
+
+
+def plan(chapters: Sequence[str], **how: Any) -> pd.DataFrame:
+    """What is to be done, best value first: the paper's cells that a unit fills for its cost."""
+    table = []
+    for chapter in chapters:
+        found = units(chapter, how["dataset"], how["protocol"], how["seeds"])
+        flops = costs(found)
+        theirs = printed(chapter, CHAPTERS)
+        for unit in found:
+            if not unit.is_done(how["results"]):
+                cells = int((theirs["row"] == unit.only).sum())
+                table.append((unit, cells, flops[unit.only]))
+    frame = pd.DataFrame(table, columns=["unit", "cells", "flops"])
+    value = (frame["cells"] + 0.5) / frame["flops"].replace(0, math.inf)  # what needs several: last
+    return frame.assign(value=value).sort_values("value", ascending=False, kind="stable")
+
+
+# Doing it
+
+
+def dirty() -> str:
+    """Why nothing may be recorded now; "" where the code is that of a commit."""
+    name = commit()
+    if name and not name.endswith("-dirty"):
+        return ""
+    return (
+        "the working tree has changed code: commit it first, so that every number names the code "
+        "that made it (or try with --allow-changes: such rows are never merged)"
+    )
+
+
+def one_by_one(todo: pd.DataFrame, options: argparse.Namespace) -> int:
+    """Run the units of a plan in turn, each in a process of its own; return how many failed."""
+    start, done, failed = time.monotonic(), 0.0, 0
+    total = todo["flops"].sum() + len(todo) * 1e9
+    for place, (unit, flops) in enumerate(zip(todo["unit"], todo["flops"], strict=True), 1):
+        elapsed = time.monotonic() - start
+        left = f", about {elapsed / done * (total - done) / 60:.0f} min left" if done else ""
+        print(f"[{place}/{len(todo)}] {_title(unit)}{left}", flush=True)
+        if options.minutes and elapsed > 60 * options.minutes:
+            break
+        failed += _within(_command(unit, options), options, elapsed) not in (0, None)
+        done += flops + 1e9
+    return failed
+
+
+def by_snakemake(todo: pd.DataFrame, options: argparse.Namespace) -> int:
+    """Hand the plan to Snakemake, with the first of it as the most urgent."""
+    jobs = [
+        {"done": str(unit.done(options.results)), "command": _command(unit, options)[1:]}
+        for unit in todo["unit"]
+    ]
+    listed = options.results / f"plan-{os.getpid()}.json"
+    listed.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
+    command += ["--directory", str(ROOT), "--rerun-triggers", "mtime", "--keep-going", "--nolock"]
+    command += ["--rerun-incomplete", "--cores" if not options.executor else "--jobs"]
+    command += [str(options.jobs), "--config", f"plan={listed.resolve()}", f"gpus={options.gpus}"]
+    command += ["--executor", options.executor] if options.executor else []
+    command += ["--quiet", "rules", *options.snakemake]
+    try:
+        return int(_within(command, options, 0) or 0)
+    finally:
+        listed.unlink(missing_ok=True)
+
+
+def _command(unit: Unit, options: argparse.Namespace) -> list[str]:
+    words = [sys.executable, "-m", "book.campaign", "unit", unit.only, "--chapters", unit.chapter]
+    words += ["--dataset", unit.dataset, "--protocol", unit.protocol, "--seeds", str(unit.seed)]
+    words += ["--results", str(options.results.resolve()), "--data-root", options.data_root]
+    return words + ["--allow-changes"] * options.allow_changes
+
+
+def _within(command: list[str], options: argparse.Namespace, elapsed: float) -> int | None:
+    """Run a command and all that it starts until the minutes are over; None if they were."""
+    rest = 60 * options.minutes - elapsed if options.minutes else None
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(rest)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        os.killpg(process.pid, 15)  # whatever it was at goes on from its last step another time
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        if isinstance(reason, KeyboardInterrupt):
+            raise
+        return None
+
+
+# What was done
+
+
+def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
+    """Carry the rows of `results` into the book's store; count them by chapter.
+
+    Rows from changed code stay where they are, and so do those at `quick`.
+    """
+    merged = {}
+    for chapter in chapters:
+        rows: list[dict[str, Any]] = []
+        for file in sorted((results / "rows" / chapter).glob("*.jsonl")):
+            newest = {tuple(row[name] for name in KEY): row for row in read_rows(file)}
+            rows += newest.values()
+        rows = [row for row in rows if row["protocol"] != "quick" and _clean(row["commit"])]
+        if rows:
+            record(chapter, [{name: row[name] for name in COLUMNS} for row in rows], CHAPTERS)
+            outcomes.store(CHAPTERS / "results" / f"{chapter}.npz", rows)
+        merged[chapter] = len(rows)
+        for picture in (results / "figures").glob(f"*/{chapter}-*.png"):
+            dataset, protocol, seed = picture.parent.name.rsplit("-", 2)
+            if (dataset, seed) == ("mnist", "0") and protocol != "quick":
+                shutil.copy2(picture, CHAPTERS / "results" / "figures")
+    return merged
+
+
+def _clean(name: str) -> bool:
+    return bool(name) and not name.endswith("-dirty")
+
+
+def status(chapters: Sequence[str]) -> pd.DataFrame:
+    """For each table, data set and protocol: what is stored, from how many seeds, from which code.
+
+    `cells` the paper prints, of which `filled` are stored; `rows` are stored in all, of which
+    `changed` come from code that has changed since, `unknown` do not say from which, and `dirty`
+    come from no commit.
+    """
+    found = []
+    for chapter in chapters:
+        cells = code.measuring(CHAPTERS / f"{chapter}.ipynb")
+        now = {code.digest(CHAPTERS / f"{chapter}.ipynb", cell.index) for cell in cells}
+        theirs = printed(chapter, CHAPTERS)
+        theirs = theirs[~theirs["note"].str.startswith("cited")]
+        file = CHAPTERS / "results" / f"{chapter}.csv"
+        stored = pd.read_csv(file, dtype=str, keep_default_na=False)
+        stored["changed"] = ~stored["code"].isin(now) & stored["code"].ne("")
+        stored["unknown"] = stored["code"].eq("")
+        stored["dirty"] = ~stored["commit"].map(_clean)
+        for (table, dataset, protocol), rows in stored.groupby(["table", "dataset", "protocol"]):
+            own = theirs[theirs["table"].eq(table)]
+            filled = len(own.merge(rows[KEY].drop_duplicates(), on=KEY))
+            seeds = len({seed for text in rows["seed"] for seed in text.split()})
+            place = {"chapter": chapter, "table": table, "dataset": dataset, "protocol": protocol}
+            counts = {"cells": len(own), "filled": filled, "seeds": seeds, "rows": len(rows)}
+            marks = {name: int(rows[name].sum()) for name in ("changed", "unknown", "dirty")}
+            found.append(place | counts | marks)
+        empty = theirs[~theirs["table"].isin(stored["table"])]
+        for table, rows in empty.groupby("table", sort=False):
+            found.append({"chapter": chapter, "table": table, "cells": len(rows), "filled": 0})
+    frame = pd.DataFrame(found).fillna({"dataset": "", "protocol": ""}).fillna(0)
+    return frame.astype({name: int for name in frame.columns[4:]})
+
+
+def _data() -> str:
+    return os.environ.get("DEFENSES_DATA", "")
+
+
+def _title(unit: Unit) -> str:
+    return f"{unit.chapter} {unit.only}: {unit.dataset}, {unit.protocol}, seed {unit.seed}"
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])  # type: ignore
+    parser.add_argument("verb", choices=["plan", "results", "unit", "merge", "status"])
+    parser.add_argument("only", nargs="?", default="", help="the network of a unit")
+    known = sorted(file.stem for file in (CHAPTERS / "paper").glob("*.csv"))
+    parser.add_argument("--chapters", nargs="*", choices=known, default=known, metavar="NAME")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="short")
+    parser.add_argument("--dataset", default="", help="empty: mnist, or digits at quick")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=0, help="stop then; 0: when all is done")
+    parser.add_argument("--jobs", type=int, default=1, help="units at a time")
+    parser.add_argument("--gpus", type=int, default=0, help="of each job on a cluster")
+    parser.add_argument("--executor", default="", help="Snakemake's: slurm, kubernetes, …")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs")
+    parser.add_argument("--data-root", default=_data())
+    parser.add_argument("--loop", action="store_true", help="one by one, without Snakemake")
+    parser.add_argument("--allow-changes", action="store_true", help="try code of no commit")
+    options, rest = parser.parse_known_args(words)
+    if rest and not options.executor:
+        parser.error(f"unknown: {' '.join(rest)} (words for Snakemake need --executor)")
+    options.snakemake = rest
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    options = arguments(words)
+    how = {name: getattr(options, name) for name in ("dataset", "protocol", "seeds", "results")}
+    if options.verb == "status":
+        print(status(options.chapters).to_string(index=False))
+    elif options.verb == "merge":
+        print(
+            *(f"{name}: {n} rows" for name, n in merge(options.results, options.chapters).items())
+        )
+    elif options.verb == "plan":
+        todo = plan(options.chapters, **how)
+        print(todo.assign(unit=todo["unit"].map(_title)).to_string(index=False))
+    elif (reason := dirty()) and not options.allow_changes:
+        sys.exit(reason)
+    elif options.verb == "unit":
+        dataset = options.dataset or ("digits" if options.protocol == "quick" else "mnist")
+        place = options.chapters[0], dataset, options.protocol, options.seeds[0], options.only
+        do(Unit(*place), options.results, options.data_root)
+    else:
+        options.results.mkdir(parents=True, exist_ok=True)
+        todo = plan(options.chapters, **how)
+        print(f"{len(todo)} units, {todo['flops'].sum() / 1e12:,.1f} TFLOP of training")
+        engine: Callable = (
+            one_by_one if options.loop or not find_spec("snakemake") else by_snakemake
+        )
+        failed = engine(todo, options) if len(todo) else 0
+        merged = merge(options.results, options.chapters)
+        print(f"stored now: {sum(merged.values())} rows of this machine's runs")
+        sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+# The units of a plan that `python -m book.campaign results` has written, as Snakemake's rules.
+# An edited plan runs nothing again: a unit's `.done` says from which code it was.
+import json
+import sys
+
+with open(config["plan"]) as file:
+    JOBS = json.load(file)
+
+
+rule all:
+    input:
+        [job["done"] for job in JOBS],
+
+
+for place, job in enumerate(JOBS):
+
+    rule:
+        name:
+            f"unit{place}"
+        output:
+            job["done"],
+        params:
+            words=[sys.executable, *job["command"]],
+        priority: len(JOBS) - place
+        threads: 2
+        resources:
+            mem_mb=8000,
+            gpu=int(config.get("gpus", 0)),
+        shell:
+            "{params.words:q}"

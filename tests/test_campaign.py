@@ -1,0 +1,215 @@
+"""The campaign: units of a chapter that are planned, run, killed, run again and merged."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from book import campaign
+from defenses import code, outcomes
+from defenses.results import KEY
+from defenses.run import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTER = "toy"
+SOURCES = [
+    (
+        "import torch\n"
+        "from defenses import attacks, models, training\n"
+        "from defenses.data import load_data\n"
+        "from defenses.evaluation import evaluate, transfer_matrix\n"
+        "from defenses.run import OnDemand, Run",
+        [],
+    ),
+    (
+        "protocol: str = 'quick'  # how much\ndataset: str = ''  # which\n"
+        "device: str = ''  # where\ndata_root: str = ''  # a folder\nseed: int = 0  # of all\n"
+        "results: str = ''  # a folder\nonly: str = ''  # one",
+        ["parameters"],
+    ),
+    (
+        "run = Run('toy', protocol, dataset, device, seed, results, only)\n"
+        "data = load_data(run.dataset)\nfew = (data.test_images[:40], data.test_labels[:40])",
+        [],
+    ),
+    (
+        "def train(name):\n"
+        "    torch.manual_seed(seed)\n"
+        "    model = models.mnist_compact(narrow=8, compact={'SM': [], 'L2SM': 'fc3'}[name])\n"
+        "    how = {'checkpoint': run.checkpoint(name), 'seed': seed, 'progress': False}\n"
+        "    training.fit(model, data, epochs=4, **how)\n"
+        "    return model\n\n\n"
+        "trained = OnDemand(train)",
+        [],
+    ),
+    (
+        "for name in run.networks(['SM', 'L2SM']):\n"
+        "    run.note('table1', name, 'mnist fgsm 0', lambda n=name: evaluate(trained[n], few))\n"
+        "    for e in (0.1, 0.2, 0.3):\n"
+        "        def under(n=name, e=e):\n"
+        "            attack = lambda *to: attacks.pgd(*to, eps=e, step_size=e/5, steps=9, seed=0)\n"
+        "            return evaluate(trained[n], few, attack)\n"
+        "        run.note('table1', name, f'mnist fgsm {e}', under)",
+        [],
+    ),
+    (
+        "if run.takes('transfer'):\n"
+        "    both = {n: trained[n] for n in ('SM', 'L2SM')}\n"
+        "    step = lambda *to: attacks.fgsm(*to, eps=0.1)\n"
+        "    for (a, b), found in transfer_matrix(both, few, step).items():\n"
+        "        run.note('table7', a, f'mnist crafted on {b}', found)",
+        [],
+    ),
+    ("raise RuntimeError('a cell that only shows')", ["nbval-check-output"]),
+]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A little chapter with its paper's numbers; the campaign works on it and on nothing else."""
+    chapters = tmp_path / "chapters"
+    (chapters / "paper").mkdir(parents=True)
+    (chapters / "results").mkdir()
+    paper = (ROOT / "chapters" / "paper" / "compact_convolution.csv").read_text()
+    (chapters / "paper" / f"{CHAPTER}.csv").write_text(paper)
+    cells = [nbformat.v4.new_code_cell(source, metadata={"tags": tags}) for source, tags in SOURCES]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), chapters / f"{CHAPTER}.ipynb")
+    monkeypatch.setattr(campaign, "CHAPTERS", chapters)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    yield tmp_path
+
+
+def unit(name: str, seed: int = 0) -> campaign.Unit:
+    return campaign.Unit(CHAPTER, "digits", "quick", seed, name)
+
+
+def numbers(file: Path) -> list[Any]:
+    """What a run has measured, without what differs from one day to the next."""
+    loose = ("seconds", "date", "commit", "device")
+    rows = {tuple(row[k] for k in KEY): row for row in read_rows(file)}
+    return [{k: v for k, v in row.items() if k not in loose} for row in rows.values()]
+
+
+def test_a_plan_names_the_units_with_their_cost_and_trains_nothing(toy: Path) -> None:
+    how = {"dataset": "", "protocol": "quick", "seeds": [0, 1], "results": toy / "runs"}
+    todo = campaign.plan([CHAPTER], **how)
+    assert [(u.only, u.seed) for u in todo["unit"]][:2] == [("SM", 0), ("SM", 1)]
+    assert {u.only for u in todo["unit"]} == {"SM", "L2SM", "transfer"}
+    assert (todo["unit"].iloc[-1]).only == "transfer"  # it needs the others
+    # 4 epochs of 1,437 images; a step is three times a forward pass of at least 0.2 MFLOP
+    flops = dict(zip([u.only for u in todo["unit"]], todo["flops"], strict=True))
+    assert flops["SM"] > 4 * 1437 * 3 * 2e5 and flops["transfer"] == 0
+    assert not [*toy.rglob("*.pt"), *toy.rglob("*.jsonl"), *toy.rglob("*.done")]
+
+
+def test_a_unit_that_is_done_is_not_done_again(toy: Path) -> None:
+    results = toy / "runs"
+    campaign.do(unit("SM"), results)
+    file = unit("SM").run(results).file
+    before, stamp = file.read_bytes(), file.stat().st_mtime_ns
+    assert unit("SM").is_done(results) and not unit("L2SM").is_done(results)
+    assert [row["row"] for row in numbers(file)] == ["SM"] * 4
+    shutil.rmtree(results / "checkpoints")  # nothing needs the network any more
+    campaign.do(unit("SM"), results)
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == (before, stamp)
+    assert not (results / "checkpoints").exists()
+    how = {"dataset": "", "protocol": "quick", "seeds": [0], "results": results}
+    assert "SM" not in {u.only for u in campaign.plan([CHAPTER], **how)["unit"]}
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from book import campaign
+campaign.CHAPTERS = Path(sys.argv[1])
+campaign.do(campaign.Unit("toy", "digits", "quick", 0, sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def child(toy: Path, results: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, str(toy / "chapters"), "L2SM", str(results)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_rows(toy: Path) -> None:
+    whole = toy / "whole"
+    start = time.monotonic()
+    assert child(toy, whole).wait() == 0
+    took = time.monotonic() - start
+    results, draw = toy / "killed", random.Random(0)
+    for _ in range(5):
+        process = child(toy, results)
+        time.sleep(draw.uniform(0.3, 1.0) * took)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert child(toy, results).wait() == 0
+    file = unit("L2SM").run(whole).file.relative_to(whole)
+    assert numbers(whole / file) == numbers(results / file) and len(numbers(whole / file)) == 4
+    assert unit("L2SM").is_done(results)
+    lines = (results / file).read_text().splitlines()
+    assert len(lines) <= 4 + 5  # at most the row under way, once a kill
+
+
+def test_merging_keeps_clean_rows_and_what_happened_to_each_image(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = toy / "runs"
+    campaign.do(unit("SM"), results)
+    file = unit("SM").run(results).file
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row |= {"protocol": "short", "commit": "abc1234" + "-dirty" * (place == 0)}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert campaign.merge(results, [CHAPTER]) == {CHAPTER: 3}
+    stored = campaign.pd.read_csv(toy / "chapters" / "results" / f"{CHAPTER}.csv", dtype=str)
+    assert sorted(stored["column"]) == [f"mnist fgsm {e}" for e in (0.1, 0.2, 0.3)]
+    images = outcomes.load(toy / "chapters" / "results" / f"{CHAPTER}.npz")
+    for row in stored.to_dict("records"):
+        right = images[tuple(row[name] for name in outcomes.IDENTITY)]
+        assert 100 * right.mean() == pytest.approx(float(row["value"])) and len(right) == 40
+    frame = campaign.status([CHAPTER]).set_index("table")
+    assert frame.loc[
+        "table1", ["cells", "filled", "seeds", "rows", "changed", "dirty"]
+    ].tolist() == [60, 3, 1, 3, 0, 0]
+    assert frame.loc["table2", "filled"] == 0
+    monkeypatch.setattr(code, "digest", lambda *place: "other")
+    assert campaign.status([CHAPTER]).set_index("table").loc["table1", "changed"] == 3
+
+
+def test_changed_code_records_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "commit", lambda: "abc1234-dirty")
+    with pytest.raises(SystemExit, match="commit it first"):
+        campaign.main(["unit", "SM", "--protocol", "quick", "--results", str(toy / "runs")])
+    assert not (toy / "runs").exists()
+
+
+def test_an_unknown_parameter_is_an_error(toy: Path) -> None:
+    with pytest.raises(ValueError, match=r"no parameter \['epochs'\]"):
+        campaign.execute(toy / "chapters" / f"{CHAPTER}.ipynb", {"epochs": 3})
+
+
+def test_two_units_take_two_gpus_and_a_dead_one_gives_its_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    with campaign.free_gpu() as first, campaign.free_gpu() as second:
+        assert {first, second} == {"cuda:0", "cuda:1"}
+        for lock in tmp_path.rglob("0"):
+            lock.write_text("999999999")  # a process that is no more
+        with campaign.free_gpu() as third:
+            assert third == "cuda:0"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with campaign.free_gpu() as none:
+        assert none == ""
