@@ -68,6 +68,7 @@ def compact_network(
     padding: int,
     width: int,
     dropout: float,
+    narrow: int = 1,
     features: int | None = None,
     compact: str | Collection[str] = (),
     activation: type[nn.Module] = nn.ReLU,
@@ -85,6 +86,8 @@ def compact_network(
         Of the square images.
     padding, width, dropout
         Of the convolutions; of the hidden linear layers; after the first of them.
+    narrow : int
+        What channels and hidden units are divided by: 1 for the paper's, more for a quick look.
     features : int, optional
         Width of ``fc2``, the last hidden layer, in place of ``width``: 2 for Fig. 2. No activation
         follows it then, so that the features fill the plane.
@@ -124,6 +127,8 @@ def compact_network(
         return nn.Linear(inputs, outputs)
 
     layers: OrderedDict[str, nn.Module] = OrderedDict(center=Center())
+    plan = tuple(c if isinstance(c, str) else c // narrow for c in plan)
+    width //= narrow
     for step, outputs in enumerate(plan):
         if isinstance(outputs, str):
             layers[f"pool{step}"] = nn.MaxPool2d(2)
@@ -160,6 +165,7 @@ def mnist_tutorial(
     dropout: float = 0.5,
     fixed_head: bool = False,
     behind: Mapping[str, nn.Module] | None = None,
+    narrow: int = 1,
 ) -> nn.Sequential:
     """The MNIST network of Jakubovitz & Giryes (2018), from TensorFlow's first tutorial.
 
@@ -167,12 +173,14 @@ def mnist_tutorial(
     deviation 0.1 cut off at 0.2, and biases of 0.1. With ``fixed_head`` the last layer's weights
     are orthonormal and not trained (Appendix A). Without dropout it is the network of Madry et al.
     (2018). ``behind`` places modules, such as :class:`defenses.denoising.Denoise`, behind the pools
-    of 32 and 64 maps, ``"pool1"`` and ``"pool2"``.
+    of 32 and 64 maps, ``"pool1"`` and ``"pool2"``. ``narrow`` is what channels and hidden units are
+    divided by: 1 for the paper's, more for a quick look.
     """
-    layers: list[nn.Module | str] = [nn.Conv2d(1, 32, 5, padding=2), nn.ReLU()]
-    layers += [nn.MaxPool2d(2), "pool1", nn.Conv2d(32, 64, 5, padding=2), nn.ReLU()]
-    layers += [nn.MaxPool2d(2), "pool2", nn.Flatten(), nn.Linear(7 * 7 * 64, 1024), nn.ReLU()]
-    model = _with_places([*layers, nn.Dropout(dropout), nn.Linear(1024, num_classes)], behind)
+    maps, more, hidden = 32 // narrow, 64 // narrow, 1024 // narrow
+    layers: list[nn.Module | str] = [nn.Conv2d(1, maps, 5, padding=2), nn.ReLU()]
+    layers += [nn.MaxPool2d(2), "pool1", nn.Conv2d(maps, more, 5, padding=2), nn.ReLU()]
+    layers += [nn.MaxPool2d(2), "pool2", nn.Flatten(), nn.Linear(7 * 7 * more, hidden), nn.ReLU()]
+    model = _with_places([*layers, nn.Dropout(dropout), nn.Linear(hidden, num_classes)], behind)
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
@@ -202,20 +210,23 @@ def cifar_four_sets(
     widths: tuple[int, ...] = (64, 128, 256, 512),
     dropout: float = 0.25,
     fixed_head: bool = False,
+    narrow: int = 1,
 ) -> nn.Sequential:
     """The CIFAR-10 network of Jakubovitz & Giryes (2018), Sec. 4: four sets of two convolutions.
 
     (N, 3, 32, 32) to (N, num_classes). A pool and dropout follow each set, two linear layers the
-    last. The paper gives no widths and no kernel sizes; ours are the usual ones.
+    last. The paper gives no widths and no kernel sizes; ours are the usual ones. ``narrow`` is what
+    channels and hidden units are divided by: 1 for the full width, more for a quick look.
     """
     layers: list[nn.Module] = [Center()]
-    channels = 3
-    for width in widths:
+    channels, hidden = 3, 512 // narrow
+    for width in (full // narrow for full in widths):
         for inputs in (channels, width):
             layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
         layers += [nn.MaxPool2d(2), nn.Dropout(dropout)]
         channels = width
-    layers += [nn.Flatten(), nn.Linear(4 * channels, 512), nn.ReLU(), nn.Linear(512, num_classes)]
+    layers += [nn.Flatten(), nn.Linear(4 * channels, hidden), nn.ReLU()]
+    layers += [nn.Linear(hidden, num_classes)]
     model = he_initialized(nn.Sequential(*layers))
     return with_fixed_head(model) if fixed_head else model
 
@@ -229,33 +240,38 @@ def with_fixed_head(model: nn.Sequential) -> nn.Sequential:
 
 
 def mnist_batchout(
-    num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None
+    num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None, narrow: int = 1
 ) -> nn.Sequential:
     """The MNIST network of Subramanya et al. (2018), Sec. 8.1, which is that of Lasagne's example.
 
     (N, 1, 28, 28) to (N, num_classes). ``behind`` places modules, such as
     :class:`defenses.batchout.BatchOut`, between the layers C1, C2, F1 and their activations.
+    ``narrow`` divides channels and hidden units: 1 for the paper's, more for a quick look.
     """
-    layers: list[nn.Module | str] = [nn.Conv2d(1, 32, 5), "C1", nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(32, 32, 5), "C2", nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Flatten(), nn.Dropout(0.5), nn.Linear(512, 256), "F1", nn.ReLU()]
-    layers += [nn.Dropout(0.5), nn.Linear(256, num_classes)]
+    channels, hidden = 32 // narrow, 256 // narrow
+    layers: list[nn.Module | str] = [nn.Conv2d(1, channels, 5), "C1", nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(channels, channels, 5), "C2", nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Dropout(0.5), nn.Linear(16 * channels, hidden), "F1", nn.ReLU()]
+    layers += [nn.Dropout(0.5), nn.Linear(hidden, num_classes)]
     return _batchout_network(layers, behind)
 
 
 def cifar_batchout(
-    num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None
+    num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None, narrow: int = 1
 ) -> nn.Sequential:
     """The CIFAR-10 network of Subramanya et al. (2018), Sec. 8.1: five convolutions, padded by one.
 
-    (N, 3, 32, 32) to (N, num_classes). ``behind``: as for :func:`mnist_batchout`, C1 to C5, F1, F2.
+    (N, 3, 32, 32) to (N, num_classes). ``behind`` and ``narrow``: as for :func:`mnist_batchout`,
+    with the places C1 to C5, F1, F2.
     """
     layers: list[nn.Module | str] = []
-    for i, (inputs, outputs) in enumerate(pairwise((3, 32, 64, 64, 64, 64)), 1):
+    channels, hidden = (3, 32 // narrow, *4 * [64 // narrow]), 512 // narrow
+    for i, (inputs, outputs) in enumerate(pairwise(channels), 1):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), f"C{i}", nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if i in (2, 5) else []
-    layers += [nn.Flatten(), nn.Dropout(0.5), nn.Linear(4096, 512), "F1", nn.ReLU()]
-    layers += [nn.Linear(512, 512), "F2", nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, num_classes)]
+    layers += [nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * channels[-1], hidden), "F1", nn.ReLU()]
+    layers += [nn.Linear(hidden, hidden), "F2", nn.ReLU(), nn.Dropout(0.5)]
+    layers += [nn.Linear(hidden, num_classes)]
     return _batchout_network(layers, behind)
 
 
@@ -293,22 +309,24 @@ class PReLU(nn.PReLU):
         return x.relu().lerp(x, a)
 
 
-def mnist_six(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+def mnist_six(num_classes: int = 10, width: int = 64, narrow: int = 1) -> nn.Sequential:
     """The "6-Conv Model" of Mustafa et al. (2019), Table 1, which is that of Wen et al. (2016).
 
     (N, 1, 28, 28) to (N, num_classes). Its children are the table's layers, ``layer1`` to
     ``layer6``. As in the authors' network for CIFAR-10, nothing stands between the last two.
-    ``width`` is that of ``layer5``: 2 for Fig. 1.
+    ``width`` is that of ``layer5``: 2 for Fig. 1. ``narrow`` is what all channels and the other
+    hidden units are divided by: 1 for the paper's, more for a quick look.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(center=Center())
-    channels = 1
-    for i, outputs in enumerate((32, 64, 128), 1):
+    channels, hidden = 1, 512 // narrow
+    for i, outputs in enumerate((32 // narrow, 64 // narrow, 128 // narrow), 1):
         pair = [nn.Conv2d(channels, outputs, 5, padding=2), PReLU(outputs)]
         pair += [nn.Conv2d(outputs, outputs, 5, padding=2), PReLU(outputs), nn.MaxPool2d(2)]
         layers[f"layer{i}"] = nn.Sequential(*pair)
         channels = outputs
-    layers |= {"flatten": nn.Flatten(), "layer4": nn.Linear(9 * channels, 512), "act": PReLU(512)}
-    layers |= {"layer5": nn.Linear(512, width), "layer6": nn.Linear(width, num_classes)}
+    layers |= {"flatten": nn.Flatten(), "layer4": nn.Linear(9 * channels, hidden)}
+    layers |= {"act": PReLU(hidden)}
+    layers |= {"layer5": nn.Linear(hidden, width), "layer6": nn.Linear(width, num_classes)}
     return he_initialized(nn.Sequential(layers), slope=0.25)
 
 

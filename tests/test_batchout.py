@@ -1,7 +1,7 @@
 """BatchOut against Algorithm 1 written out, and against the closed forms of what it draws."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from defenses.batchout import (
     to_partners,
 )
 from defenses.diagnostics import ZeroGradients, layer_slopes
-from defenses.evaluation import Accuracy, MeanAccuracy, Robustness, over_seeds
+from defenses.evaluation import Accuracy, Robustness, seed_interval
 from defenses.models import cifar_batchout, mnist_batchout
 from defenses.training import Loss, cross_entropy, fit
 from tests.test_attacks import DEVICES, Written
@@ -561,6 +561,19 @@ def test_modules_stand_where_they_are_put_and_change_no_weight(
 
 
 @pytest.mark.parametrize("make", [mnist_batchout, cifar_batchout])
+def test_a_narrow_network_has_all_layers_with_half_of_their_units(make: Make) -> None:
+    whole, half = make(7), make(7, narrow=2)
+    assert kinds(half) == kinds(whole)
+    weights = [
+        [w for name, w in net.named_parameters() if "weight" in name] for net in (whole, half)
+    ]
+    widths = [[len(w) for w in net] for net in weights]
+    assert widths[1] == [width // 2 for width in widths[0][:-1]] + [7]
+    x = torch.rand(2, 1, 28, 28) if make is mnist_batchout else torch.rand(2, 3, 32, 32)
+    assert half(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize("make", [mnist_batchout, cifar_batchout])
 def test_weights_start_as_lasagnes(make: Make) -> None:
     """Glorot's uniform distribution; a convolution's fans count the pixels of its filters."""
     torch.manual_seed(0)
@@ -581,63 +594,54 @@ def share(correct: int, n: int) -> Accuracy:
     return Accuracy(torch.arange(n) < correct)
 
 
-def test_over_seeds_the_interval_is_students_where_the_seeds_differ() -> None:
+def over(outcomes: Sequence[Accuracy | Robustness | ZeroGradients]) -> tuple[float, float]:
+    return seed_interval([one.value for one in outcomes], [one.ci for one in outcomes])
+
+
+def test_the_interval_is_students_where_the_seeds_differ() -> None:
     """.5, .6 and .7: t = 4.302653 for two degrees of freedom, s = .1."""
-    found = over_seeds([share(k, 1000) for k in (500, 700, 600)])
-    assert isinstance(found, MeanAccuracy)
-    assert (found.value, found.n, float(found)) == (pytest.approx(0.6), 1000, found.value)
+    found = over([share(k, 1000) for k in (500, 700, 600)])
     half = 4.302652729696142 * 0.1 / math.sqrt(3)
-    assert found.ci == (pytest.approx(0.6 - half), pytest.approx(0.6 + half))
-    assert found.ci == pytest.approx(stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7])))
-    assert found.percent == pytest.approx(60)
-    assert repr(found) == "60.0% (35.2–84.8, n=1,000)"
+    assert found == (pytest.approx(0.6 - half), pytest.approx(0.6 + half))
+    assert found == pytest.approx(stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7])))
 
 
 def test_it_is_never_narrower_than_the_images_own() -> None:
-    same = over_seeds([share(30, 50)] * 3)
-    assert same.ci == pytest.approx(share(30, 50).ci)
+    assert over([share(30, 50)] * 3) == pytest.approx(share(30, 50).ci)
     two = [share(30, 50), share(31, 50), share(30, 50)]
     lows, highs = zip(*(one.ci for one in two), strict=True)
-    assert over_seeds(two).ci == pytest.approx((sum(lows) / 3, sum(highs) / 3))
+    assert over(two) == pytest.approx((sum(lows) / 3, sum(highs) / 3))
 
 
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=6))
-def test_either_end_is_that_of_the_wider_interval_within_0_and_1(counts: list[int]) -> None:
-    found, values = over_seeds([share(k, 40) for k in counts]), [k / 40 for k in counts]
-    assert isinstance(found, MeanAccuracy)
+def test_either_end_is_that_of_the_wider_interval(counts: list[int]) -> None:
+    (low, high), values = over([share(k, 40) for k in counts]), [k / 40 for k in counts]
     mean, error = sum(values) / len(values), stats.sem(values)
-    assert found.value == pytest.approx(mean)
     own = [sum(ends) / len(ends) for ends in zip(*(share(k, 40).ci for k in counts), strict=True)]
     student = stats.t.interval(0.95, len(counts) - 1, mean, error) if error else (mean, mean)
-    low, high = found.ci
-    assert low == pytest.approx(max(0, min(own[0], student[0])))
-    assert high == pytest.approx(min(1, max(own[1], student[1])))
-    assert 0 <= low <= found.value + 1e-12 and found.value - 1e-12 <= high <= 1
+    assert low == pytest.approx(min(own[0], student[0]))
+    assert high == pytest.approx(max(own[1], student[1]))
+    assert low <= mean + 1e-12 and mean - 1e-12 <= high
 
 
-def test_mean_sizes_are_averaged_without_a_ceiling() -> None:
+def test_sizes_have_no_ceiling() -> None:
     sizes = [Robustness(v, (v - 0.01, v + 0.01), 40, u) for v, u in ((0.1, 1), (1.2, 0), (3.8, 3))]
-    found = over_seeds(sizes)
-    assert isinstance(found, Robustness) and found.value == pytest.approx(1.7)
     expected = stats.t.interval(0.95, 2, 1.7, stats.sem([0.1, 1.2, 3.8]))
-    assert found.ci == pytest.approx(expected) and expected[0] < 0 and expected[1] > 1
-    assert (found.n, found.unfooled) == (40, 1)  # means, too
-    alike = over_seeds([Robustness(0.3, (0.2, 0.4), 40, 0), Robustness(0.3, (0.1, 0.6), 40, 0)])
-    assert alike.ci == pytest.approx((0.15, 0.5))
+    assert over(sizes) == pytest.approx(expected) and expected[0] < 0 and expected[1] > 1
+    alike = over([Robustness(0.3, (0.2, 0.4), 40, 0), Robustness(0.3, (0.1, 0.6), 40, 0)])
+    assert alike == pytest.approx((0.15, 0.5))
 
 
-def test_any_share_is_averaged() -> None:
-    zeros = [ZeroGradients(0.2, 0.9, 50), ZeroGradients(0.4, 0.9, 50)]
-    found = over_seeds(zeros)
-    assert isinstance(found, MeanAccuracy) and found.value == pytest.approx(0.3)
-    assert found.n == 50 and found.ci == (0, 1)  # t = 12.7 for one degree of freedom
+def test_any_share_has_one() -> None:
+    """t = 12.7 for one degree of freedom, so that the ends lie beyond 0 and 1."""
+    low, high = over([ZeroGradients(0.2, 0.9, 50), ZeroGradients(0.4, 0.9, 50)])
+    assert (low, high) == pytest.approx((0.3 - 1.2706204736174698, 0.3 + 1.2706204736174698))
 
 
-def test_the_only_one_is_returned_as_it_is_and_none_is_refused() -> None:
-    accuracy, size = share(3, 7), Robustness(0.3, (0.2, 0.4), 40, 0)
-    assert over_seeds([accuracy]) is accuracy and over_seeds([size]) is size
-    with pytest.raises(ValueError, match="no outcome to average"):
-        over_seeds([])
+@pytest.mark.parametrize("outcomes", [[], [share(3, 7)], [Robustness(0.3, (0.2, 0.4), 40, 0)]])
+def test_one_seed_has_no_spread(outcomes: list[Accuracy | Robustness]) -> None:
+    with pytest.raises(ValueError, match=f"^{len(outcomes)} seeds?: a spread needs at least two"):
+        over(outcomes)
 
 
 # How steep the layers are
