@@ -196,6 +196,12 @@ def _register() -> None:
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
             return [torch.bfloat16, torch.float16]
 
+        def get_rng_state(self, device: object = None) -> Tensor:  # torch.random.fork_rng asks
+            return torch.get_rng_state()
+
+        def set_rng_state(self, state: Tensor, device: object = None) -> None:
+            """Nothing: the numbers are the CPU's, which has its state back already."""
+
     setup: Callable[..., None] = backend_registration._setup_privateuseone_for_python_backend  # type: ignore[attr-defined]
     setup(NAME, backend_module=Module())
     AUTOCAST.fallback(torch.library.fallthrough_kernel)

@@ -1,8 +1,9 @@
-"""What all tests share: steady threads, what nbval leaves out, what a machine lacks."""
+"""What all tests share: steady threads, fair shares of work, what a machine lacks."""
 
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,23 @@ from torch import Tensor, nn
 from defenses.data import batches, load_data, to_float
 from tests.measurements import CHAPTER, PAPER
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no failure
+hypothesis.settings.load_profile("any machine")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several xdist workers: one thread each
         torch.set_num_threads(1)
 
 
-def pytest_collectstart(collector: pytest.Collector) -> None:
-    """In nbval runs: what goes to stderr is no result, and drawings differ by machine."""
-    if hasattr(collector, "skip_compare"):
-        collector.skip_compare += ("stderr", "image/svg+xml")
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `--dist loadgroup`, start with the groups; the tests of a file stay together."""
+    if getattr(config.option, "loadgroup", False):
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+        for item in items:
+            if not item.get_closest_marker("xdist_group"):
+                item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

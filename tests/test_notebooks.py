@@ -26,6 +26,7 @@ from book import address, execute
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 NOTEBOOKS = CHAPTERS + sorted((ROOT / "book").glob("*.ipynb"))
+QUICKEST = "compact_convolution"
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -76,6 +77,17 @@ def is_paired(path: Path) -> None:
 def is_plain_python(notebook: NotebookNode) -> None:
     magics = [line for line in code_lines(notebook) if re.match(r"\s*[%!]", line)]
     assert not magics, f"a plain script cannot run {magics}"
+    script = jupytext.writes(notebook, fmt="py:percent")
+    for source in (*(cell.source for cell in code_cells(notebook)), script):
+        try:
+            compile(source, "script", "exec")
+        except SyntaxError as error:
+            raise AssertionError(f"a plain script cannot run {error.text}: {error}") from None
+    # Ruff takes `display` and `get_ipython` for known in a notebook, and for undefined in a script.
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--ignore-noqa", "--quiet"]
+    command += ["--output-format=concise", "--select=F403,F405,F821", "-"]
+    run = subprocess.run(command, input=script, capture_output=True, text=True)
+    assert run.returncode == 0, f"a plain script cannot run:\n{run.stdout}{run.stderr}"
 
 
 def has_short_cells(notebook: NotebookNode) -> None:
@@ -105,7 +117,9 @@ def has_typed_parameters(path: Path) -> None:
         names = {node.id for node in ast.walk(statement.value) if isinstance(node, ast.Name)}
         assert not names, f"derived from {names}, which papermill sets only later: {line!r}"
     known = papermill.inspect_notebook(path)
-    assert {"protocol", "dataset", "device", "seed", "record"} <= known.keys(), sorted(known)
+    assert {"protocol", "dataset", "device", "seed", "results", "only"} <= known.keys(), sorted(
+        known
+    )
     assert known["protocol"]["default"] in ('"quick"', "'quick'"), "the default protocol is quick"
 
 
@@ -126,14 +140,29 @@ def has_one_address(path: Path) -> None:
     assert set(found) <= {address.slug(ROOT)}, f"{path.name} spells out {found}: run `make sync`"
 
 
-def repeats(folder: Path) -> None:
-    """Run the notebooks below `folder`, where they lie, and compare with what they store."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+def repeats(path: Path) -> None:
+    """Run the notebook where it lies, in a kernel of its own; compare with what it stores."""
+    command = [sys.executable, "-m", "pytest", "-p", "nbval.plugin", "-p", "tests.comparison"]
+    command += ["-p", "no:cacheprovider", "-q", "--color=no", "--rootdir", str(path.parent)]
     command += ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg"]
-    command += ["-q", "--color=no", "--rootdir", str(folder), str(folder)]
-    inline = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    run = subprocess.run(command, cwd=ROOT, env=inline, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    alone["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none but the two named above
+    run = subprocess.run([*command, str(path)], cwd=ROOT, env=alone, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def runs_as_a_plain_script(path: Path) -> None:
+    """Run what the notebook exports to, beside it."""
+    script = path.with_suffix(".py")
+    jupytext.write(read(path), script, fmt="py:percent")
+    run = subprocess.run(
+        [sys.executable, script.name],
+        cwd=script.parent,
+        env=os.environ | {"MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
 
 
 # The real notebooks.
@@ -187,12 +216,14 @@ def test_chapter_spells_the_address_out_for_set_up_and_badge(path: Path) -> None
 @pytest.mark.slow
 def test_code_cells_have_consistent_types(tmp_path: Path) -> None:
     scripts = [tmp_path / f"{path.stem}.py" for path in NOTEBOOKS]
+    # A chapter may give a short name such as `x` a second meaning further down the page. Said in
+    # the scripts, not on the command line, it leaves mypy's cache of everything else as it is.
+    options = "# mypy: allow-redefinition, local-partial-types\n"
     for path, script in zip(NOTEBOOKS, scripts, strict=True):
-        jupytext.write(read(path), script, fmt="py:percent")
-    # A chapter may give a short name such as `x` a second meaning further down the page.
-    command = [sys.executable, "-m", "mypy", "--allow-redefinition-new", "--local-partial-types"]
-    command += map(str, scripts)
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        script.write_text(options + jupytext.writes(read(path), fmt="py:percent"))
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", *scripts], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout
 
 
@@ -205,23 +236,25 @@ def clone(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_outputs_repeat(clone: Path) -> None:
-    repeats(clone)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.xdist_group(path.stem)) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
+def test_outputs_repeat(path: Path, clone: Path) -> None:
+    repeats(clone / path.relative_to(ROOT))
 
 
+# Every notebook's code is read for what a script lacks (`is_plain_python`, and mypy above). To run
+# each a second time takes minutes, so the pages of the book do, and of the chapters the quickest.
 @pytest.mark.slow
-@every_notebook
+@pytest.mark.parametrize(
+    "path",
+    [path for path in NOTEBOOKS if path not in CHAPTERS or path.stem == QUICKEST],
+    ids=lambda path: path.stem,
+)
 def test_runs_as_a_plain_script(path: Path, clone: Path) -> None:
-    script = clone / path.relative_to(ROOT).with_suffix(".py")
-    jupytext.write(read(path), script, fmt="py:percent")
-    run = subprocess.run(
-        [sys.executable, script.name],
-        cwd=script.parent,
-        env=os.environ | {"MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    runs_as_a_plain_script(clone / path.relative_to(ROOT))
 
 
 @pytest.mark.slow
@@ -294,7 +327,8 @@ def test_good_notebook_keeps_every_rule(copy: Path) -> None:
     has_short_cells(read(copy))
     is_tagged_for_nbval(read(copy))
     is_paired(copy)
-    repeats(copy.parent)
+    repeats(copy)
+    runs_as_a_plain_script(copy)
 
 
 def test_executing_stores_no_noise_and_changes_nothing_twice(copy: Path) -> None:
@@ -309,7 +343,7 @@ def test_nbval_fails_on_a_tampered_output(copy: Path) -> None:
     assert text.count('"42\\n"') == 1
     copy.write_text(text.replace('"42\\n"', '"43\\n"'))
     with pytest.raises(AssertionError, match="mismatch"):
-        repeats(copy.parent)
+        repeats(copy)
 
 
 def test_stripped_notebook_passes_nbval_but_not_us(copy: Path) -> None:
@@ -317,7 +351,7 @@ def test_stripped_notebook_passes_nbval_but_not_us(copy: Path) -> None:
     for cell in code_cells(stripped):
         cell.update(execution_count=None, outputs=[])
     nbformat.write(stripped, copy)
-    repeats(copy.parent)  # vacuous: this is why the next line is needed
+    repeats(copy)  # vacuous: this is why the next line is needed
     with pytest.raises(AssertionError, match="make execute"):
         is_executed(stripped)
 
@@ -354,10 +388,46 @@ def test_stored_failure_is_caught(small: NotebookNode, name: str) -> None:
         holds_results_only(notebook_of(cell))
 
 
-@pytest.mark.parametrize("line", ["%matplotlib inline", "!pip install torch", "    %timeit f()"])
-def test_magic_is_caught(line: str) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%matplotlib inline",
+        "!pip install torch",
+        "    %timeit f()",
+        "files = !ls",
+        "time = %timeit -o x",
+        "x?",
+        "%%bash\nls",
+        "await x",
+        "from __future__ import annotations",
+        "display(x)",
+        "def show(x):\n    display(x)",
+        "display(x)  # noqa: F821",
+        "get_ipython().run_line_magic('time', '')",
+        "print(Out[1])",
+        "print(_)",
+        "from IPython.display import *\ndisplay(x)",
+    ],
+)
+def test_what_a_script_cannot_run_is_caught(line: str) -> None:
+    is_plain_python(notebook_of(code("x = 1"), code("print(x)")))
     with pytest.raises(AssertionError, match="plain script"):
-        is_plain_python(notebook_of(code(f"x = 1\n{line}")))
+        is_plain_python(notebook_of(code("x = 1"), code(line)))
+
+
+@pytest.mark.parametrize(
+    "source", ["from IPython.display import display\ndisplay(1)", "exit", "__file__"]
+)
+def test_what_a_script_can_run_passes(source: str) -> None:
+    is_plain_python(notebook_of(code(source)))
+
+
+def test_script_that_fails_is_caught(copy: Path) -> None:
+    notebook = read(copy)
+    notebook.cells.append(code("get_ipython()"))
+    nbformat.write(notebook, copy)
+    with pytest.raises(AssertionError, match="NameError"):
+        runs_as_a_plain_script(copy)
 
 
 def test_long_cells_are_caught() -> None:
