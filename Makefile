@@ -17,7 +17,7 @@ test: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist loadgroup -rs
+	$(BIN)/python -m pytest -n auto --dist loadscope -rs
 
 # Stores what it measured also where a target is missed; then the page that shows it is run anew.
 bench: .venv/.test

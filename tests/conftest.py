@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,14 +21,29 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def share(nodeid: str) -> str:
+    """What one worker takes on: the tests of a file, or the run of one notebook."""
+    return nodeid if "::test_outputs_repeat[" in nodeid else nodeid.split("::")[0]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under `--dist loadgroup`, start with the groups; the tests of a file stay together."""
-    if getattr(config.option, "loadgroup", False):
-        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-        for item in items:
-            if not item.get_closest_marker("xdist_group"):
-                item.add_marker(pytest.mark.xdist_group(item.path.name))
+    if hasattr(config, "workerinput"):  # the longest first, so that no worker ends alone
+        items.sort(key=lambda item: share(item.nodeid) != item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let `--dist loadscope` hand out shares; xdist's own groups are lost on pytest 9.1 and up."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shares(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return share(nodeid)
+
+    config.option.loadscopereorder = False
+    return Shares(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -46,8 +47,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "html"
 
 
+@cache
 def soup(path: Path) -> BeautifulSoup:
     return BeautifulSoup(path.read_text(), "html.parser")
+
+
+@cache
+def anchors(path: Path) -> set[str]:
+    return {str(tag["id"]) for tag in soup(path).select("[id]")}
 
 
 # The pages as files.
@@ -85,10 +92,10 @@ def test_internal_links_and_anchors_resolve(site: Path, page: str) -> None:
         parts = urlsplit(str(link["href"]))
         if parts.scheme:
             continue
-        target = (site / page).parent / unquote(parts.path) if parts.path else site / page
+        target = ((site / page).parent / unquote(parts.path or Path(page).name)).resolve()
         assert target.exists(), f"{page} links to {link['href']}"
         if parts.fragment and target.suffix == ".html":
-            found = soup(target).find(id=unquote(parts.fragment))
+            found = unquote(parts.fragment) in anchors(target)
             assert found, f"{page} links to {link['href']}: no such anchor"
 
 
@@ -123,17 +130,19 @@ def browser(playwright: Playwright) -> Iterator[Browser]:
     running.close()
 
 
-@pytest.fixture
-def opened(
-    browser: Browser, site: Path, page: str, width: int, scheme: str
-) -> Iterator[tuple[Page, list[str]]]:
-    """A page, typeset and at rest, and everything that went wrong on the way."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900},
-        color_scheme="dark" if scheme == "dark" else "light",
-        offline=True,
-    )
-    tab = context.new_page()
+# Each page is opened once a width, and the light switched there: opening is what takes long. The
+# narrow ones are opened in the dark, the wide ones in the light, so both are met from the start.
+WIDTHS = {390: ("dark", "light"), 1280: ("light", "dark")}
+
+
+@pytest.fixture(scope="module")
+def tabs(browser: Browser) -> dict[int, tuple[Page, list[str]]]:
+    """For each width a tab without a network, and a list of everything that goes wrong in it."""
+    return {width: watched(browser, width) for width in WIDTHS}
+
+
+def watched(browser: Browser, width: int) -> tuple[Page, list[str]]:
+    tab = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
     trouble: list[str] = []
 
     def console(message: ConsoleMessage) -> None:
@@ -148,15 +157,29 @@ def opened(
     tab.on("request", request)
     tab.on("requestfailed", lambda request: trouble.append(f"could not load {request.url}"))
     tab.on("pageerror", lambda error: trouble.append(str(error)))
+    return tab, trouble
+
+
+@pytest.fixture(scope="module")
+def opened(
+    tabs: dict[int, tuple[Page, list[str]]], site: Path, page: str, width: int
+) -> tuple[Page, list[str]]:
+    """A page, typeset and at rest, and everything that goes wrong from its first moment on."""
+    tab, trouble = tabs[width]
+    tab.goto("about:blank")  # nothing of the page before is still on its way ...
+    trouble.clear()  # ... and its troubles were its own
+    switch(tab, WIDTHS[width][0])
     tab.goto((site / page).as_uri())
     tab.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise }")
     tab.evaluate("async () => { await document.fonts.ready }")
-    yield tab, trouble
-    context.close()
+    return tab, trouble
 
 
-at_every_width = pytest.mark.parametrize("width", [390, 1280])
-in_both_lights = pytest.mark.parametrize("scheme", ["light", "dark"])
+def switch(tab: Page, scheme: str) -> None:
+    tab.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+
+
+at_every_width = pytest.mark.parametrize("width", WIDTHS, scope="module")
 
 # The lowest contrast (WCAG 2) between visible text and the ground behind it, and where it is.
 LOWEST_CONTRAST = """selector => {
@@ -182,27 +205,30 @@ LOWEST_CONTRAST = """selector => {
 }"""
 
 
-@in_both_lights
+@pytest.mark.parametrize("page", PAGES, scope="module")
 @at_every_width
-@pytest.mark.parametrize("page", PAGES)
-def test_page_works_offline(opened: tuple[Page, list[str]], width: int, scheme: str) -> None:
+def test_page_works_offline(opened: tuple[Page, list[str]], width: int) -> None:
     tab, trouble = opened
+    for scheme in WIDTHS[width]:
+        switch(tab, scheme)
+        tab.wait_for_function("s => document.documentElement.dataset.theme == s", arg=scheme)
+        formulas, typeset = (tab.locator(name).count() for name in (".math", ".math mjx-container"))
+        assert formulas == typeset, f"{formulas} formulas, {typeset} of them typeset"
+        wrong = tab.locator(".math:has(mjx-merror, [style*='color: red'])")  # an unknown macro
+        assert wrong.all_inner_texts() == []
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, "scrolls sideways"
+        broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+        assert tab.evaluate(broken) == []
+        text = "article :is(p, li, h1, h2, th, td, small, figcaption)"
+        lowest = tab.evaluate(LOWEST_CONTRAST, text)
+        assert lowest["ratio"] >= 4.5, f"hard to read in {scheme}: {lowest}"
     assert trouble == []
-    assert tab.evaluate("document.documentElement.dataset.theme") == scheme
-    formulas, typeset = (tab.locator(name).count() for name in (".math", ".math mjx-container"))
-    assert formulas == typeset, f"{formulas} formulas, {typeset} of them typeset"
-    wrong = tab.locator(".math:has(mjx-merror, [style*='color: red'])")  # red: an unknown macro
-    assert wrong.all_inner_texts() == []
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "scrolls sideways"
-    broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
-    assert tab.evaluate(broken) == []
-    lowest = tab.evaluate(LOWEST_CONTRAST, "article :is(p, li, h1, h2, th, td, small, figcaption)")
-    assert lowest["ratio"] >= 4.5, f"hard to read: {lowest}"
 
 
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.startswith("chapters/")], scope="module"
+)
 @at_every_width
-@pytest.mark.parametrize("scheme", ["light"])
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("chapters/")])
 def test_solutions_fold_out(opened: tuple[Page, list[str]]) -> None:
     tab, trouble = opened
     solutions = tab.locator(".solution.dropdown").all()

@@ -26,7 +26,7 @@ from book import address, execute
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 NOTEBOOKS = CHAPTERS + sorted((ROOT / "book").glob("*.ipynb"))
-QUICKEST = "compact_convolution"
+QUICKEST = "batchout"
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -236,11 +236,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=pytest.mark.xdist_group(path.stem)) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@every_notebook
 def test_outputs_repeat(path: Path, clone: Path) -> None:
     repeats(clone / path.relative_to(ROOT))
 
