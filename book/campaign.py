@@ -68,7 +68,7 @@ class Unit:
         return file.is_file() and file.read_text() == code.digest(self.notebook)
 
 
-def execute(notebook: Path, parameters: dict[str, Any], stop: str = "") -> dict[str, Any]:
+def execute(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:
     """Run the measuring cells of `notebook` as plain Python and return the names that they bind.
 
     Raises
@@ -136,43 +136,34 @@ def _alive(lock: Path) -> bool:
 # What there is to do
 
 
-def units(chapter: str, dataset: str, protocol: str, seeds: Sequence[int]) -> list[Unit]:
-    """The units of a chapter, in its own order: asked by running it for a network that is none."""
-    nothing = {"protocol": protocol, "dataset": dataset, "only": "(none)", "data_root": _data()}
-    run = execute(CHAPTERS / f"{chapter}.ipynb", nothing)["run"]
-    return [
-        Unit(chapter, run.dataset, protocol, seed, name) for seed in seeds for name in run.known
-    ]
+def units(
+    chapter: str, dataset: str, protocol: str, seeds: Sequence[int], data_root: str = ""
+) -> dict[Unit, int]:
+    """The units of a chapter, in its own order, with the operations that each one's training takes.
 
-
-def costs(found: Sequence[Unit]) -> dict[str, float]:
-    """Floating-point operations of each network's training, from one step of it."""
-    first = found[0]
+    The chapter is asked by running it for a network that is none; a step of each tells the cost.
+    """
+    nothing = {"protocol": protocol, "dataset": dataset, "only": "(none)", "data_root": data_root}
     with training.counted() as counts:
-        names = execute(
-            first.notebook,
-            {"protocol": first.protocol, "dataset": first.dataset, "only": "(none)"},
-        )
-        flops: dict[str, float] = {}
-        for name in dict.fromkeys(unit.only for unit in found):
+        names = execute(CHAPTERS / f"{chapter}.ipynb", nothing)
+        flops = {}
+        for name in names["run"].known:
             before = sum(counts)
             with contextlib.suppress(KeyError):  # no network: a measurement of several
                 names["trained"][name]
             flops[name] = sum(counts) - before
-    return flops
+    dataset = names["run"].dataset
+    return {Unit(chapter, dataset, protocol, s, n): flops[n] for s in seeds for n in flops}
 
 
-def plan(chapters: Sequence[str], **how: Any) -> pd.DataFrame:
+def plan(chapters: Sequence[str], results: Path, **how: Any) -> pd.DataFrame:
     """What is to be done, best value first: the paper's cells that a unit fills for its cost."""
     table = []
     for chapter in chapters:
-        found = units(chapter, how["dataset"], how["protocol"], how["seeds"])
-        flops = costs(found)
         theirs = printed(chapter, CHAPTERS)
-        for unit in found:
-            if not unit.is_done(how["results"]):
-                cells = int((theirs["row"] == unit.only).sum())
-                table.append((unit, cells, flops[unit.only]))
+        for unit, flops in units(chapter, **how).items():
+            if not unit.is_done(results):
+                table.append((unit, int((theirs["row"] == unit.only).sum()), flops))
     frame = pd.DataFrame(table, columns=["unit", "cells", "flops"])
     value = (frame["cells"] + 0.5) / frame["flops"].replace(0, math.inf)  # what needs several: last
     return frame.assign(value=value).sort_values("value", ascending=False, kind="stable")
@@ -257,15 +248,18 @@ def _within(command: list[str], options: argparse.Namespace, elapsed: float) -> 
 def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
     """Carry the rows of `results` into the book's store; count them by chapter.
 
-    Rows from changed code stay where they are, and so do those at `quick`.
+    Rows from no commit or from code that has changed since stay where they are, and so do those at
+    `quick`.
     """
     merged = {}
     for chapter in chapters:
+        now = digests(chapter)
         rows: list[dict[str, Any]] = []
         for file in sorted((results / "rows" / chapter).glob("*.jsonl")):
             newest = {tuple(row[name] for name in KEY): row for row in read_rows(file)}
             rows += newest.values()
         rows = [row for row in rows if row["protocol"] != "quick" and _clean(row["commit"])]
+        rows = [row for row in rows if row["code"] in now]
         if rows:
             record(chapter, [{name: row[name] for name in COLUMNS} for row in rows], CHAPTERS)
             outcomes.store(CHAPTERS / "results" / f"{chapter}.npz", rows)
@@ -275,6 +269,13 @@ def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
             if (dataset, seed) == ("mnist", "0") and protocol != "quick":
                 shutil.copy2(picture, CHAPTERS / "results" / "figures")
     return merged
+
+
+def digests(chapter: str) -> set[str]:
+    """Of the code behind each cell of a chapter that measures, and behind all of them."""
+    notebook = CHAPTERS / f"{chapter}.ipynb"
+    cells = [cell.index for cell in code.measuring(notebook)]
+    return {code.digest(notebook, cell) for cell in [None, *cells]}
 
 
 def _clean(name: str) -> bool:
@@ -290,8 +291,7 @@ def status(chapters: Sequence[str]) -> pd.DataFrame:
     """
     found = []
     for chapter in chapters:
-        cells = code.measuring(CHAPTERS / f"{chapter}.ipynb")
-        now = {code.digest(CHAPTERS / f"{chapter}.ipynb", cell.index) for cell in cells}
+        now = digests(chapter)
         theirs = printed(chapter, CHAPTERS)
         theirs = theirs[~theirs["note"].str.startswith("cited")]
         file = CHAPTERS / "results" / f"{chapter}.csv"
@@ -348,7 +348,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
-    how = {name: getattr(options, name) for name in ("dataset", "protocol", "seeds", "results")}
+    how = {name: getattr(options, name) for name in ("dataset", "protocol", "seeds", "data_root")}
     if options.verb == "status":
         print(status(options.chapters).to_string(index=False))
     elif options.verb == "merge":
@@ -356,7 +356,7 @@ def main(words: Sequence[str] | None = None) -> None:
             *(f"{name}: {n} rows" for name, n in merge(options.results, options.chapters).items())
         )
     elif options.verb == "plan":
-        todo = plan(options.chapters, **how)
+        todo = plan(options.chapters, options.results, **how)
         print(todo.assign(unit=todo["unit"].map(_title)).to_string(index=False))
     elif (reason := dirty()) and not options.allow_changes:
         sys.exit(reason)
@@ -366,7 +366,7 @@ def main(words: Sequence[str] | None = None) -> None:
         do(Unit(*place), options.results, options.data_root)
     else:
         options.results.mkdir(parents=True, exist_ok=True)
-        todo = plan(options.chapters, **how)
+        todo = plan(options.chapters, options.results, **how)
         print(f"{len(todo)} units, {todo['flops'].sum() / 1e12:,.1f} TFLOP of training")
         engine: Callable = (
             one_by_one if options.loop or not find_spec("snakemake") else by_snakemake

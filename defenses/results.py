@@ -127,8 +127,7 @@ def printed(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     file = chapters_folder(chapter, folder) / "paper" / f"{chapter}.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: expected the numbers that the paper prints")
-    frame = _read(file, [*KEY, "value", "dataset", "note"])
-    return frame.assign(printed=frame["value"], value=frame["value"].astype(float))
+    return _transcribed(file, _version(file)).copy()
 
 
 def best(
@@ -149,20 +148,8 @@ def best(
     before its copy. The column `own` names the paper's data set, "" where it has no such place.
     With `dataset` or `protocol` only measurements of that data set or protocol count.
     """
-    if measured is None:
-        measured = _read(chapters_folder(chapter, folder) / "results" / f"{chapter}.csv", COLUMNS)
-    own = printed(chapter, folder)[[*KEY, "dataset"]].rename(columns={"dataset": "own"})
-    frame = _frame(measured).drop_duplicates([*KIND, "seed"], keep="last")
-    frame = frame[frame["dataset"].eq(dataset or frame["dataset"])]
-    frame = frame[frame["protocol"].eq(protocol or frame["protocol"])]
-    frame = _over_seeds(frame).merge(own, on=KEY, how="left").fillna({"own": ""})
-
-    def order(row: Any) -> tuple[bool, int, bool]:
-        stand_in = row.dataset == "digits" or not row.dataset.startswith(row.own)
-        return stand_in, PROTOCOLS.index(row.protocol), row.dataset != row.own
-
-    frame = frame.assign(order=[order(row) for row in frame.itertuples()])
-    return frame.sort_values("order", kind="stable").drop_duplicates(KEY).drop(columns="order")
+    frame = _measured(chapter, measured, folder)
+    return _best(frame, printed(chapter, folder), dataset, protocol)
 
 
 def value(
@@ -173,21 +160,29 @@ def value(
     metric: str = "accuracy",
     *,
     source: str = "measured",
-    **choice: Any,
+    measured: Rows | None = None,
+    dataset: str | None = None,
+    protocol: str | None = None,
+    folder: str | Path | None = None,
 ) -> float:
     """Return one number: the best measurement or, with `source="paper"`, what the paper prints.
 
-    `choice` (`measured`, `dataset`, `protocol`, `folder`) goes to `best`. A number that nobody has
+    `measured`, `dataset`, `protocol` and `folder` are those of `best`. A number that nobody has
     measured, or that the paper does not print, is a ValueError.
     """
     if source not in ("measured", "paper"):
         raise ValueError(f"unknown source {source!r}: expected 'measured' or 'paper'")
     ours = source == "measured"
-    frame = best(chapter, **choice) if ours else printed(chapter, choice.get("folder"))
-    found = frame[(frame[KEY] == [table, row, column, metric]).all(axis=1)]
+    theirs = _at(printed(chapter, folder), table, row, column, metric)
+    if ours:
+        found = _at(_measured(chapter, measured, folder), table, row, column, metric)
+        found = _best(found, theirs, dataset, protocol)
+    else:
+        found = theirs
     if found.empty:
         place = " / ".join([chapter, table, row, column, metric])
-        asked = {k: choice[k] for k in ("dataset", "protocol") if choice.get(k)} or ""
+        choice = {"dataset": dataset, "protocol": protocol}
+        asked = {name: chosen for name, chosen in choice.items() if chosen} or ""
         raise ValueError(
             f"nobody has measured {place} {asked}: run the chapter and record it"
             if ours
@@ -226,8 +221,57 @@ def coverage(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     return counts
 
 
-def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+def _measured(chapter: str, measured: Rows | None, folder: str | Path | None) -> pd.DataFrame:
+    if measured is not None:
+        return _of_seeds(_frame(measured))
+    file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
+    return _stored(file, _version(file))
+
+
+def _at(frame: pd.DataFrame, *place: str) -> pd.DataFrame:
+    for name, wanted in zip(KEY, place, strict=True):
+        frame = frame[frame[name] == wanted]
+    return frame
+
+
+def _best(
+    frame: pd.DataFrame, theirs: pd.DataFrame, dataset: str | None, protocol: str | None
+) -> pd.DataFrame:
+    frame = frame[frame["dataset"].eq(dataset or frame["dataset"])]
+    frame = frame[frame["protocol"].eq(protocol or frame["protocol"])]
+    own = theirs[[*KEY, "dataset"]].rename(columns={"dataset": "own"})
+    frame = frame.merge(own, on=KEY, how="left").fillna({"own": ""})
+
+    def order(row: Any) -> tuple[bool, int, bool]:
+        stand_in = row.dataset == "digits" or not row.dataset.startswith(row.own)
+        return stand_in, PROTOCOLS.index(row.protocol), row.dataset != row.own
+
+    frame = frame.assign(order=[order(row) for row in frame.itertuples()])
+    return frame.sort_values("order", kind="stable").drop_duplicates(KEY).drop(columns="order")
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """What differs when a file has been written anew; () where there is none."""
+    if not file.is_file():
+        return ()
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+@functools.lru_cache(maxsize=16)
+def _stored(file: Path, _version: tuple[int, ...]) -> pd.DataFrame:
+    return _of_seeds(_frame(_read(file, COLUMNS)))
+
+
+@functools.lru_cache(maxsize=16)
+def _transcribed(file: Path, _version: tuple[int, ...]) -> pd.DataFrame:
+    frame = _read(file, [*KEY, "value", "dataset", "note"])
+    return frame.assign(printed=frame["value"], value=frame["value"].astype(float))
+
+
+def _of_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a kind: that of its only seed, the mean of several, or an older, larger mean."""
+    frame = frame.drop_duplicates([*KIND, "seed"], keep="last")
     alone = ~frame.duplicated(KIND, keep=False)
     means = [_mean(rows) for _, rows in frame[~alone].groupby(KIND, sort=False)]
     return pd.concat([frame[alone], *means], ignore_index=True) if means else frame[alone]

@@ -101,8 +101,7 @@ def numbers(file: Path) -> list[Any]:
 
 
 def test_a_plan_names_the_units_with_their_cost_and_trains_nothing(toy: Path) -> None:
-    how = {"dataset": "", "protocol": "quick", "seeds": [0, 1], "results": toy / "runs"}
-    todo = campaign.plan([CHAPTER], **how)
+    todo = campaign.plan([CHAPTER], toy / "runs", dataset="", protocol="quick", seeds=[0, 1])
     assert [(u.only, u.seed) for u in todo["unit"]][:2] == [("SM", 0), ("SM", 1)]
     assert {u.only for u in todo["unit"]} == {"SM", "L2SM", "transfer"}
     assert (todo["unit"].iloc[-1]).only == "transfer"  # it needs the others
@@ -123,8 +122,8 @@ def test_a_unit_that_is_done_is_not_done_again(toy: Path) -> None:
     campaign.do(unit("SM"), results)
     assert (file.read_bytes(), file.stat().st_mtime_ns) == (before, stamp)
     assert not (results / "checkpoints").exists()
-    how = {"dataset": "", "protocol": "quick", "seeds": [0], "results": results}
-    assert "SM" not in {u.only for u in campaign.plan([CHAPTER], **how)["unit"]}
+    todo = campaign.plan([CHAPTER], results, dataset="", protocol="quick", seeds=[0])
+    assert {u.only for u in todo["unit"]} == {"L2SM", "transfer"}
 
 
 CHILD = """
@@ -185,6 +184,7 @@ def test_merging_keeps_clean_rows_and_what_happened_to_each_image(
     assert frame.loc["table2", "filled"] == 0
     monkeypatch.setattr(code, "digest", lambda *place: "other")
     assert campaign.status([CHAPTER]).set_index("table").loc["table1", "changed"] == 3
+    assert campaign.merge(results, [CHAPTER]) == {CHAPTER: 0}
 
 
 def test_changed_code_records_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -505,6 +505,15 @@ def test_of_two_of_a_kind_the_later_is_taken(store: Path) -> None:
     assert best(CHAPTER, rows, folder=store)["value"].tolist() == [2.0]
 
 
+def test_what_is_stored_anew_is_read_anew(store: Path) -> None:
+    for v in (10.0, 20.0, 30.0):
+        record(CHAPTER, [row(value=v)], store)
+        assert value(CHAPTER, "table1", "SM", "mnist fgsm 0.3", folder=store) == v
+    found = best(CHAPTER, folder=store)
+    found["value"] = 0.0  # what a caller does to its frame is its own
+    assert best(CHAPTER, folder=store)["value"].tolist() == [30.0]
+
+
 # Several seeds
 
 
