@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ class Unit:
     def done(self, results: Path) -> Path:
         """The file that says that all of this unit's cells have run, and from which code."""
         return self.run(results).file.with_suffix(".done")
+
+    def feeds(self, other: "Unit") -> bool:
+        """Whether its network may be one that `other`, which needs several, takes."""
+        return replace(self, only=other.only) == other != self
 
     def is_done(self, results: Path) -> bool:
         file = self.done(results)
@@ -200,9 +204,15 @@ def one_by_one(todo: pd.DataFrame, options: argparse.Namespace) -> int:
 
 def by_snakemake(todo: pd.DataFrame, options: argparse.Namespace) -> int:
     """Hand the plan to Snakemake, with the first of it as the most urgent."""
+    done = {unit: str(unit.done(options.results)) for unit in todo["unit"]}
     jobs = [
-        {"done": str(unit.done(options.results)), "command": _command(unit, options)[1:]}
-        for unit in todo["unit"]
+        {
+            "title": _title(unit),
+            "done": done[unit],
+            "command": _command(unit, options)[1:],
+            "after": [] if flops else [done[other] for other in done if other.feeds(unit)],
+        }
+        for unit, flops in zip(todo["unit"], todo["flops"], strict=True)
     ]
     listed = options.results / f"plan-{os.getpid()}.json"
     listed.write_text(json.dumps(jobs))
@@ -221,7 +231,7 @@ def by_snakemake(todo: pd.DataFrame, options: argparse.Namespace) -> int:
 def _command(unit: Unit, options: argparse.Namespace) -> list[str]:
     words = [sys.executable, "-m", "book.campaign", "unit", unit.only, "--chapters", unit.chapter]
     words += ["--dataset", unit.dataset, "--protocol", unit.protocol, "--seeds", str(unit.seed)]
-    words += ["--results", str(options.results.resolve()), "--data-root", options.data_root]
+    words += [f"--results={options.results}", f"--data-root={options.data_root}"]
     return words + ["--allow-changes"] * options.allow_changes
 
 
@@ -342,7 +352,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(words)
     if rest and not options.executor:
         parser.error(f"unknown: {' '.join(rest)} (words for Snakemake need --executor)")
-    options.snakemake = rest
+    options.snakemake, options.results = rest, options.results.resolve()
     return options
 
 
@@ -367,7 +377,9 @@ def main(words: Sequence[str] | None = None) -> None:
     else:
         options.results.mkdir(parents=True, exist_ok=True)
         todo = plan(options.chapters, options.results, **how)
-        print(f"{len(todo)} units, {todo['flops'].sum() / 1e12:,.1f} TFLOP of training")
+        for unit in todo["unit"]:
+            unit.done(options.results).unlink(missing_ok=True)  # it was from other code
+        print(f"{len(todo)} units, {todo['flops'].sum() / 1e12:,.1f} TFLOP of training", flush=True)
         engine: Callable = (
             one_by_one if options.loop or not find_spec("snakemake") else by_snakemake
         )

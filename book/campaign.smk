@@ -1,6 +1,7 @@
 # The units of a plan that `python -m book.campaign results` has written, as Snakemake's rules.
 # An edited plan runs nothing again: a unit's `.done` says from which code it was.
 import json
+import re
 import sys
 
 with open(config["plan"]) as file:
@@ -16,14 +17,17 @@ for place, job in enumerate(JOBS):
 
     rule:
         name:
-            f"unit{place}"
+            re.sub(r"\W+", "_", job["title"]) + f"_{place}"
+        input:
+            job["after"],
         output:
             job["done"],
         params:
             words=[sys.executable, *job["command"]],
         priority: len(JOBS) - place
-        threads: 2
+        threads: 1
         resources:
+            cpus_per_task=2,
             mem_mb=8000,
             gpu=int(config.get("gpus", 0)),
         shell:
