@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ import matplotlib
 import pandas as pd
 
 from defenses import code, outcomes, training
-from defenses.results import COLUMNS, KEY, PROTOCOLS, commit, printed, record
+from defenses.results import COLUMNS, KEY, KIND, PROTOCOLS, commit, printed, record
 from defenses.run import Run, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,11 +243,13 @@ def _within(command: list[str], options: argparse.Namespace, elapsed: float) -> 
     try:
         return process.wait(rest)
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-        os.killpg(process.pid, 15)  # whatever it was at goes on from its last step another time
+        # Whatever it was at goes on from its last step another time. Of its jobs on a cluster,
+        # Snakemake takes back those under way when it is interrupted, not when it is terminated.
+        os.killpg(process.pid, signal.SIGINT if options.executor else signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
         if isinstance(reason, KeyboardInterrupt):
             raise
         return None
@@ -258,18 +261,24 @@ def _within(command: list[str], options: argparse.Namespace, elapsed: float) -> 
 def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
     """Carry the rows of `results` into the book's store; count them by chapter.
 
-    Rows from no commit or from code that has changed since stay where they are, and so do those at
-    `quick`.
+    Rows from no commit stay where they are, and so do those at `quick`. Those from code that has
+    changed since, which `status` counts, take no place of a row that is from the code as it is or
+    as new.
     """
     merged = {}
     for chapter in chapters:
-        now = digests(chapter)
+        now, file = digests(chapter), CHAPTERS / "results" / f"{chapter}.csv"
+        store = pd.read_csv(file, dtype=str, keep_default_na=False) if file.is_file() else None
+        stored = {} if store is None else {_place(row): row for row in store.to_dict("records")}
         rows: list[dict[str, Any]] = []
         for file in sorted((results / "rows" / chapter).glob("*.jsonl")):
             newest = {tuple(row[name] for name in KEY): row for row in read_rows(file)}
             rows += newest.values()
         rows = [row for row in rows if row["protocol"] != "quick" and _clean(row["commit"])]
-        rows = [row for row in rows if row["code"] in now]
+        for row in list(rows):
+            old = stored.get(_place(row), {"code": "", "date": ""})
+            if row["code"] not in now and (old["code"] in now or old["date"] >= row["date"]):
+                rows.remove(row)
         if rows:
             record(chapter, [{name: row[name] for name in COLUMNS} for row in rows], CHAPTERS)
             outcomes.store(CHAPTERS / "results" / f"{chapter}.npz", rows)
@@ -286,6 +295,10 @@ def digests(chapter: str) -> set[str]:
     notebook = CHAPTERS / f"{chapter}.ipynb"
     cells = [cell.index for cell in code.measuring(notebook)]
     return {code.digest(notebook, cell) for cell in [None, *cells]}
+
+
+def _place(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in (*KIND, "seed"))
 
 
 def _clean(name: str) -> bool:
@@ -375,6 +388,8 @@ def main(words: Sequence[str] | None = None) -> None:
         place = options.chapters[0], dataset, options.protocol, options.seeds[0], options.only
         do(Unit(*place), options.results, options.data_root)
     else:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background ignores the first
+            signal.signal(number, signal.default_int_handler)
         options.results.mkdir(parents=True, exist_ok=True)
         todo = plan(options.chapters, options.results, **how)
         for unit in todo["unit"]:

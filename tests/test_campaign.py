@@ -185,6 +185,9 @@ def test_merging_keeps_clean_rows_and_what_happened_to_each_image(
     monkeypatch.setattr(code, "digest", lambda *place: "other")
     assert campaign.status([CHAPTER]).set_index("table").loc["table1", "changed"] == 3
     assert campaign.merge(results, [CHAPTER]) == {CHAPTER: 0}
+    file = toy / "chapters" / "results" / f"{CHAPTER}.csv"
+    stored.assign(date="2020-01-01").to_csv(file, index=False)  # of changed code, but newer
+    assert campaign.merge(results, [CHAPTER]) == {CHAPTER: 3}
 
 
 def test_changed_code_records_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
