@@ -1,0 +1,95 @@
+"""One criterion for every defense: what is left of it, against what is claimed and its twin."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from scipy.special import bdtr
+
+from .evaluation import Accuracy
+
+MARGIN = 5.0  # percentage points: what counts as a difference that matters
+LEVEL = 0.01  # of the paired test, before it is divided by the number of comparisons
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What `judge` says: the word, and the numbers that it rests on, in percent.
+
+    ``left`` and ``twin`` are means over the seeds, ``p`` is the largest over the seeds.
+    """
+
+    word: str
+    left: float
+    twin: float
+    claimed: float | None
+    p: float
+
+    def __str__(self) -> str:
+        return self.word
+
+
+def paired(a: Accuracy, b: Accuracy) -> float:
+    """The two-sided p of the exact test of McNemar (1947): are `a` and `b` equally often right?
+
+    Only the images on which the two differ count; were the networks equally good, either would be
+    the right one with probability 1/2.
+
+    Raises
+    ------
+    ValueError
+        The two are not of the same images.
+    """
+    if a.n != b.n or a.images != b.images or not a.images:
+        raise ValueError(
+            f"a paired test needs the same images: got {a.n} of {a.images or 'unknown'} and "
+            f"{b.n} of {b.images or 'unknown'}"
+        )
+    only_a = int((a.correct & ~b.correct).sum())
+    only_b = int((b.correct & ~a.correct).sum())
+    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def judge(
+    left: Mapping[int, Accuracy],
+    twin: Mapping[int, Accuracy],
+    claimed: float | None = None,
+    comparisons: int = 1,
+) -> Judgment:
+    """Whether a defense holds, helps, or does not hold, at one size.
+
+    - *holds*: the worst case leaves what is claimed, within `MARGIN`, and the defense helps;
+    - *helps*: it leaves at least `MARGIN` more than its undefended twin, and in every seed the
+      paired test says so at `LEVEL`, divided by the number of comparisons (Bonferroni);
+    - *does not hold*: neither.
+
+    Parameters
+    ----------
+    left, twin : mapping from a seed to Accuracy
+        What the worst case of all attacks leaves of the defense, and of its twin, for the same
+        seeds and images.
+    claimed : float, optional
+        In percent. Without a claim a defense can help, and no more.
+    comparisons : int
+        How many defenses are judged together.
+
+    Raises
+    ------
+    ValueError
+        There is no seed, or the two differ in seeds or images.
+    """
+    if not left or left.keys() != twin.keys():
+        raise ValueError(
+            f"seeds {sorted(left)} and {sorted(twin)}: expected the same, at least one"
+        )
+    p = max(paired(left[seed], twin[seed]) for seed in left)
+    ours, theirs = (
+        float(torch.tensor([of[seed].percent for seed in left], dtype=torch.float64).mean())
+        for of in (left, twin)
+    )
+    word = "does not hold"
+    if ours - theirs >= MARGIN and p < LEVEL / comparisons:
+        word = "helps"
+        if claimed is not None and ours >= claimed - MARGIN:
+            word = "holds"
+    return Judgment(word, ours, theirs, claimed, p)
