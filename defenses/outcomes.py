@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from defenses.evaluation import Accuracy, Robustness, Share
-from defenses.results import KEY
+from defenses.results import KEY, chapters_folder
 
 IDENTITY = [*KEY, "protocol", "dataset", "seed"]  # what names a row of the store
 Outcome = Accuracy | Robustness | Share
@@ -96,6 +97,40 @@ def load(file: Path) -> dict[tuple[str, ...], np.ndarray]:
         source = bits if is_bit else sizes
         found[tuple(name.split("\t"))] = source[at[is_bit] : at[is_bit] + length]
         at[is_bit] += length
+    return found
+
+
+def stored(
+    chapter: str,
+    table: str,
+    row: str,
+    column: str,
+    *,
+    protocol: str = "short",
+    dataset: str = "mnist",
+    folder: str | Path | None = None,
+) -> dict[int, Accuracy]:
+    """Which images were right, by seed, as the book's store has it for one place.
+
+    Raises
+    ------
+    ValueError
+        Nobody has measured the place, or only the number was kept.
+    """
+    place = {"table": table, "row": row, "column": column, "metric": "accuracy"}
+    place |= {"protocol": protocol, "dataset": dataset}
+    file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    for name, wanted in place.items():
+        rows = rows[rows[name] == wanted]
+    kept = load(file.with_suffix(".npz"))
+    found = {}
+    for seed, images in zip(rows["seed"], rows["images"], strict=True):
+        correct = kept.get((*place.values(), seed))
+        if correct is not None:
+            found[int(seed)] = Accuracy(torch.from_numpy(correct.copy()), images)
+    if not found:
+        raise ValueError(f"{chapter} / {' / '.join(place.values())}: no image by image outcome")
     return found
 
 

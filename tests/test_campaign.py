@@ -177,6 +177,13 @@ def test_merging_keeps_clean_rows_and_what_happened_to_each_image(
     for row in stored.to_dict("records"):
         right = images[tuple(row[name] for name in outcomes.IDENTITY)]
         assert 100 * right.mean() == pytest.approx(float(row["value"])) and len(right) == 40
+    place = (CHAPTER, "table1", "SM", "mnist fgsm 0.1")
+    where: dict[str, Any] = {"dataset": "digits", "folder": toy / "chapters"}
+    (seed, found), *more = outcomes.stored(*place, **where).items()
+    assert (seed, found.n, more) == (0, 40, []) and found.images == stored["images"][0]
+    assert found.percent == pytest.approx(float(stored.set_index("column")["value"][place[-1]]))
+    with pytest.raises(ValueError, match="no image by image outcome"):
+        outcomes.stored(*place, protocol="paper", **where)
     frame = campaign.status([CHAPTER]).set_index("table")
     assert frame.loc[
         "table1", ["cells", "filled", "seeds", "rows", "changed", "dirty"]
@@ -216,3 +223,10 @@ def test_two_units_take_two_gpus_and_a_dead_one_gives_its_back(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with campaign.free_gpu() as none:
         assert none == ""
+
+
+def test_what_needs_several_networks_waits_for_those_of_its_own_kind() -> None:
+    feeds = [unit("SM"), unit("L2SM")]
+    assert all(one.feeds(unit("transfer")) for one in feeds)
+    assert not unit("transfer").feeds(unit("transfer"))
+    assert not unit("SM", seed=1).feeds(unit("transfer"))
