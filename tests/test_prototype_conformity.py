@@ -1,0 +1,287 @@
+"""What `chapters/prototype_conformity` says in words follows from its stored rows.
+
+The chapter's own `more` is asked: of the same images, at 99%, for so many questions at once.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations, pairwise, product
+from math import hypot
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import jupytext
+import pytest
+
+from defenses.results import best, printed, value
+
+CHAPTER = "prototype_conformity"
+TEXT = Path(__file__).parents[1] / "chapters" / f"{CHAPTER}.md"
+SOFTMAX, OURS, RELEASED = "Softmax", "Ours", "Released loss"
+FGSM, PGD = " + AdvTrain FGSM", " + AdvTrain PGD"
+CONTROL, BOTH = SOFTMAX + PGD, OURS + PGD
+NINE = [kind + how for kind in (SOFTMAX, OURS, RELEASED) for how in ("", FGSM, PGD)]
+FIVE = [SOFTMAX, OURS, RELEASED, CONTROL, BOTH]
+TAPS = ["layer3", "layer4", "layer5"]
+
+AT_3 = ["fgsm 0.3", "bim 0.3", "mim 0.3", "pgd 0.3"]
+TEN_STEPS = [f"{kind} {e}" for kind in ("bim", "mim", "pgd") for e in ("0.1", "0.15")]
+AT_1 = ["clean", "fgsm 0.1", "fgsm 0.2", *TEN_STEPS]
+WITH_C = ["c&w 0.1", "c&w 1.0", "c&w 10.0"]
+
+Place = tuple[str, ...]
+
+
+def _of_the_chapter() -> dict[str, Any]:
+    cells = [cell.source for cell in jupytext.read(TEXT).cells if "def more(" in cell.source]
+    assert len(cells) == 1
+    names = {"best": best, "CHAPTER": CHAPTER, "NormalDist": NormalDist, "hypot": hypot}
+    exec(cells[0], names)
+    return names
+
+
+CELL = _of_the_chapter()
+more: Callable[..., bool] = CELL["more"]
+
+
+def ours(*place: str) -> float:
+    return float(CELL["stored"](*place)["value"])
+
+
+def theirs(table: str, row: str, column: str) -> float:
+    return value(CHAPTER, table, row, column, source="paper")
+
+
+def told(left: str, right: str, table: str, columns: Sequence[str]) -> list[str]:
+    """The columns in which row `left` is more than `right`, of all these."""
+    among = len(columns)
+    return [c for c in columns if more((table, left, c), (table, right, c), among)]
+
+
+def apart(one: Place, two: Place, among: int) -> bool:
+    return more(one, two, among) or more(two, one, among)
+
+
+def within(table: str, row: str, column: str) -> int:
+    """-1, 0 or 1: the paper's number lies below, in or above our interval."""
+    cell, paper = CELL["stored"](table, row, column), theirs(table, row, f"mnist {column}")
+    return int(paper > cell["ci_high"]) - int(paper < cell["ci_low"])
+
+
+def test_more_needs_the_same_images_and_a_difference_that_they_can_show() -> None:
+    for other in (("strong", OURS, "pgd-10 0.1"), ("table2", OURS, "c&w 10")):
+        with pytest.raises(ValueError, match="not of the same images"):
+            more(("strong", OURS, "pgd-100 0.1"), other)
+    high, low = ("strong", OURS, "pgd-100 0.1"), ("strong", SOFTMAX, "pgd-100 0.1")
+    assert more(high, low) and not more(low, high) and not more(high, high)
+    near = ("table9", OURS, "pgd 0.1")
+    assert ours(*near) > ours(*high) and more(near, high) and not more(near, high, 1000)
+
+
+def test_tables_2_and_9() -> None:
+    assert told(OURS, SOFTMAX, "table2", AT_3) == AT_3
+    assert told(OURS, SOFTMAX, "table9", AT_1) == AT_1
+    assert told(SOFTMAX, RELEASED, "table9", AT_1) == TEN_STEPS
+    assert told(SOFTMAX, RELEASED, "table2", AT_3) == ["fgsm 0.3", "mim 0.3"]
+    assert told(SOFTMAX, RELEASED, "table9", WITH_C) == []
+    for table, columns in (("table2", AT_3), ("table9", AT_1), ("table9", WITH_C)):
+        assert told(RELEASED, SOFTMAX, table, columns) == []
+    order = [("table2", OURS, f"{kind} 0.3") for kind in ("fgsm", "mim", "bim", "pgd")]
+    assert all(more(*two, 3) for two in pairwise(order))
+
+
+def test_where_our_numbers_are_the_papers() -> None:
+    cells = [("table9", column) for column in AT_1[1:]] + [("table2", c) for c in AT_3]
+    placed = {c: within(table, OURS, c) for table, c in cells}
+    assert {c for c in placed if placed[c] == 0} == {"bim 0.1", "mim 0.1"}
+    assert {c for c in placed if placed[c] == 1} == {"fgsm 0.1", "bim 0.3", "pgd 0.3"}
+    assert within("table2", OURS, "black-box fgsm 0.3") == 0
+    sent = "black-box fgsm 0.3"
+    assert ours("table2", SOFTMAX, sent) > 3 * theirs("table2", SOFTMAX, f"mnist {sent}")
+
+
+def test_carlini_and_wagner() -> None:
+    assert all(ours("table9", n, "c&w 10.0") == 0 for n in NINE if not n.endswith(PGD))
+    assert all(ours("table9", n, "c&w 0.1") > 95 for n in NINE)
+    assert [within("table9", OURS, c) for c in WITH_C] == [0, 0, 1]
+    assert ours("table9", SOFTMAX, "c&w 1.0") == 0 and ours("table9", SOFTMAX, "c&w 0.1") == 100
+    assert [within("table9", SOFTMAX, c) for c in WITH_C[:2]] == [-1, 1]
+
+
+def test_adversarial_training_beside_it() -> None:
+    assert told(CONTROL, OURS, "table2", AT_3[1:]) == AT_3[1:]
+    assert (
+        told(CONTROL, OURS, "table9", TEN_STEPS) == told(OURS, CONTROL, "table9", TEN_STEPS) == []
+    )
+    assert told(OURS, CONTROL, "table9", ["clean"]) == ["clean"]
+    less = ["clean", "fgsm 0.1", "bim 0.1", "mim 0.1"]
+    assert told(CONTROL, BOTH, "table9", AT_1) == less
+    assert told(CONTROL, BOTH, "table2", AT_3) == told(BOTH, CONTROL, "table2", AT_3) == []
+    for how in (FGSM, PGD):
+        assert told(OURS, OURS + how, "table9", ["clean"])
+
+
+def test_curves() -> None:
+    sizes = ["0.05", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5"]
+    columns = [f"{kind} {e}" for kind in ("fgsm", "mim", "pgd") for e in sizes]
+    assert all(ours("figure4", OURS, c) >= ours("figure4", SOFTMAX, c) for c in columns)
+    middle = {c for c in columns if c.split()[1] in sizes[2:5]}
+    assert middle <= {*told(OURS, SOFTMAX, "figure4", columns)}
+    fgsm, mim, pgd = (ours("figure4", OURS, f"{kind} 0.3") for kind in ("fgsm", "mim", "pgd"))
+    assert fgsm > 2 * mim > 4 * pgd
+    at_end = {
+        k: [ours("figure4", n, f"{k} 0.5") for n in NINE[::3]] for k in ("fgsm", "mim", "pgd")
+    }
+    assert max(at_end["fgsm"]) < 15 and max(at_end["mim"] + at_end["pgd"]) == 0
+
+
+def test_other_peoples_images() -> None:
+    sent = [f"black-box {column}" for column in (*AT_3, "c&w 10")]
+    assert told(OURS, SOFTMAX, "table2", sent) == told(SOFTMAX, OURS, "table2", sent) == []
+    assert all(told(n, OURS, "table2", sent[:4]) for n in NINE if FGSM in n or PGD in n)
+    most = {c: ours("table2", OURS, c) * 500 / 300 for c in AT_3}  # of the first 300 of 500
+    beyond = [ours("table2", OURS, f"black-box {c}") > most[c] for c in AT_3]
+    assert beyond == [False, True, True, True]
+    assert 70 < ours("transfer", OURS, "crafted on VGG-19") < 80
+    assert 20 < ours("transfer", OURS, f"crafted on {SOFTMAX}") < 30
+
+
+def test_losses_of_the_attack() -> None:
+    losses = ["textbook", "exact", "margin", "joint", "confusion"]
+    at = {
+        (name, loss, e): ("losses", name, f"{loss} {e}")
+        for name, loss, e in product((OURS, RELEASED, BOTH), losses, ("0.1", "0.15", "0.2"))
+    }
+    every_two = [*combinations(losses, 2)]
+    assert not any(apart(at[OURS, a, "0.1"], at[OURS, b, "0.1"], 10) for a, b in every_two)
+    assert ours("losses", OURS, "all 0.2") < min(ours(*at[OURS, k, "0.2"]) for k in losses)
+    both = [(at[n, "textbook", e], at[n, "exact", e]) for n, k, e in at if k == "exact"]
+    assert len(both) == 9 and not any(apart(*two, 9) for two in both)
+
+    def joint(name: str, kind: str) -> tuple[Place, Place]:
+        return ("table2", name, f"{kind} 0.3"), ("adaptive", name, f"joint {kind} 0.3")
+
+    for kind in ("bim", "mim"):
+        assert more(*joint(OURS, kind)[::-1], 3)
+    assert more(*joint(OURS, "pgd"), 3)
+    assert not any(apart(*joint(BOTH, kind), 3) for kind in ("bim", "mim", "pgd"))
+    frame = printed(CHAPTER)
+    third = frame[(frame["table"] == "table3") & (frame["dataset"] == "cifar10")]
+    cells = third.set_index(["row", "column"])["value"]
+    pairs = [
+        (cells[r, c], cells[r, c.replace("joint ", "")]) for r, c in cells.index if "joint" in c
+    ]
+    assert len(pairs) == 12 and 1.9 < max(abs(a - b) for a, b in pairs) < 2.05
+
+
+def test_the_other_rule() -> None:
+    def two(tap: str, e: str) -> tuple[Place, Place]:
+        return ("losses", OURS, f"margin {e}"), ("nearest", OURS, f"{tap} pgd {e}")
+
+    assert not any(apart(*two(tap, "0.1"), 6) for tap in TAPS)
+    assert not apart(*two("layer5", "0.2"), 6) and more(*two("layer3", "0.2"), 6)
+    assert min(ours("nearest", OURS, f"{tap} clean") for tap in TAPS) > 99
+
+
+def test_which_layer() -> None:
+    there = best(CHAPTER).query("table == 'layers'")["row"].unique()
+    single, pair, three = ["Layer 3", "Layer 4", "Layer 5"], "Layer 4+5", "Layer 3+4+5"
+    assert {"None", *single, pair, three} <= {*there}
+    empty = {"Layer 1", "Layer 2"} - {*there}
+    said = "The rows of the first two layers are empty" in TEXT.read_text()
+    assert said == bool(empty), "fill the rows and mend the text together"
+    taps = [name for name in there if name != "None"]
+    for e in ("0.1", "0.15", "0.2"):
+        kept = {name: ours("layers", name, f"pgd {e}") for name in there}
+        assert kept[pair] < min(kept["Layer 4"], kept["Layer 5"])
+        assert kept[three] == max(kept.values())
+    bare = {column: ("layers", "None", column) for column in ("clean", "pgd 0.1", "pgd 0.2")}
+    assert all(more(("layers", n, "pgd 0.2"), bare["pgd 0.2"], len(taps)) for n in taps)
+    for column in ("clean", "pgd 0.1"):
+        assert not any(apart(("layers", n, column), bare[column], 2 * len(taps)) for n in taps)
+    paper = [theirs("table7", n, "cifar10 pgd 0.03") for n in ("Layer 4", "Layer 5", pair)]
+    assert paper == sorted(paper)
+
+
+def test_gap_and_reach() -> None:
+    def size(name: str, what: str, tap: str, e: float = 0.1) -> Place:
+        return "rooms", name, f"{tap} {what} {e}", "mean"
+
+    def against(what: str, tap: str, e: float, name: str = OURS) -> int:
+        two = size(name, what, tap, e), size(SOFTMAX, what, tap, e)
+        return int(more(*two, 18)) - int(more(*two[::-1], 18))
+
+    def times(what: str, tap: str, e: float = 0.1, name: str = OURS) -> float:
+        return ours(*size(name, what, tap, e)) / ours(*size(SOFTMAX, what, tap, e))
+
+    for tap, e in product(TAPS, (0.1, 0.3)):
+        assert against("gap", tap, e) == against("reach", tap, e) == 1
+        assert 0.7 < times("reach", tap, e) / times("gap", tap, e) < 1.5
+    assert times("gap", "layer3") > 10
+    assert [against("ratio", tap, 0.1) for tap in TAPS] == [1, 0, 1]
+    assert [against("ratio", tap, 0.3) for tap in TAPS] == [1, -1, -1]
+    for tap in TAPS:
+        ratio = {name: ours(*size(name, "ratio", tap)) for name in FIVE}
+        assert ratio[RELEASED] < ratio[SOFTMAX] < ratio[OURS] and ratio[BOTH] == max(ratio.values())
+        assert against("gap", tap, 0.1, RELEASED) == against("reach", tap, 0.1, RELEASED) == -1
+        assert times("gap", tap, name=RELEASED) < times("reach", tap, name=RELEASED)
+        assert times("reach", tap, name=CONTROL) < times("gap", tap, name=CONTROL) < 1
+    for tap in ("layer3", "layer5"):
+        assert more(size(OURS, "ratio", tap), size(CONTROL, "ratio", tap), 2)
+    kept = [ours("strong", name, "pgd-10 0.1") for name in (RELEASED, SOFTMAX, OURS)]
+    assert kept == sorted(kept)
+    assert all(ours("rooms", n, f"{tap} apart 0.3") == 0 for n, tap in product(FIVE, TAPS))
+
+
+def test_longer_attacks() -> None:
+    def at(column: str, *names: str) -> list[Place]:
+        return [("strong", name, column) for name in names]
+
+    assert more(*at("pgd-100 0.1", OURS, SOFTMAX), 2) and more(
+        *at("pgd-100 0.1", SOFTMAX, RELEASED)
+    )
+    assert not more(*at("autoattack 0.1", OURS, SOFTMAX))
+    assert all(ours("strong", n, f"autoattack {e}") == 0 for n in NINE[::3] for e in (0.2, 0.3))
+    assert 0 < ours("table9", OURS, "pgd 0.1") - ours("strong", OURS, "pgd-100 0.1") < 6
+    assert 60 < ours("strong", OURS, "pgd-10 0.2") < 70 and ours("strong", OURS, "pgd-100 0.2") < 20
+    for e in (0.2, 0.3):
+        assert all(more(*at(f"autoattack {e}", name, OURS), 4) for name in (CONTROL, BOTH))
+    for kind, e in product(("pgd-10", "pgd-100", "autoattack"), (0.1, 0.2, 0.3)):
+        one, two = at(f"{kind} {e}", CONTROL, BOTH)
+        assert not apart(one, two, 9)
+    assert more(*at("pgd-10 0.2", CONTROL, OURS))
+    assert all(more(("table2", OURS, "fgsm 0.3"), ("table2", OURS, c), 3) for c in AT_3[1:])
+
+
+def test_signs_of_masking() -> None:
+    for name in (SOFTMAX, OURS, RELEASED, BOTH):
+        sign = {k: ("masking", name, k) for k in ("pgd", "fgsm", "margin", "transfer")}
+        assert not more(sign["pgd"], sign["fgsm"], 14) and not more(sign["pgd"], sign["margin"], 14)
+        if name != SOFTMAX:
+            assert more(sign["transfer"], sign["pgd"], 14) or name == BOTH
+            assert not more(sign["pgd"], sign["transfer"], 14)
+        assert ours("masking", name, "at_half") == ours("masking", name, "zero_gradients") == 0
+        square, white = (CELL["stored"]("masking", name, k) for k in ("black_box", "pgd"))
+        assert square["ci_high"] > white["ci_low"]
+    leads = [("masking", name, "lead", "mean") for name in (SOFTMAX, OURS)]
+    assert more(*leads) and ours("masking", OURS, "probability 1") == 0
+    pgd, fgsm, margin = (ours("masking", OURS, kind) for kind in ("pgd", "fgsm", "margin"))
+    assert pgd <= min(fgsm, margin)
+
+
+def test_rooms_in_the_plane() -> None:
+    shares = {
+        (name, e): ours("plane", f"{name}, 2-d", f"overlap {e}", "share")
+        for name, e in product((SOFTMAX, OURS), (0.05, 0.1, 0.2, 0.3))
+    }
+    assert all(0 < shares[OURS, e] < shares[SOFTMAX, e] for e in (0.05, 0.1, 0.2, 0.3))
+    assert shares[OURS, 0.1] < shares[SOFTMAX, 0.1] / 2
+    assert min(shares[name, e] for name in (SOFTMAX, OURS) for e in (0.2, 0.3)) > 50
+
+
+def test_the_authors_page() -> None:
+    page = {
+        k: theirs("cited", "the repository's page", f"cifar10 {k} 8/255") for k in ("fgsm", "pgd")
+    }
+    paper = {k: theirs("table3", OURS, f"cifar10 {k} 8/255") for k in page}
+    assert page["fgsm"] < paper["fgsm"] and page["pgd"] > paper["pgd"]
