@@ -5,7 +5,7 @@ A chapter whose inputs have not changed since its last run is not run again, and
 pages replace the old ones only once they are complete: a killed run leaves nothing half-made.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import os
 import platform
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,12 +21,21 @@ import nbformat
 import papermill
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:  # everything else
+    msvcrt = None  # type: ignore[assignment]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def notebooks(root: Path) -> list[Path]:
     """The notebooks among the pages of `_toc.yml`, in reading order, relative to `root`."""
-    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
     files = [page["file"] for part in toc["parts"] for page in part["chapters"]]
     return [Path(name) for name in files if name.endswith(".ipynb")]
 
@@ -72,7 +82,14 @@ def html(source: Path, target: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(source), "-W"]
     command += ["-n", "--keep-going", "-q", "--path-output", str(work)]
-    outcome = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    outcome = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | {"PYTHONUTF8": "1"},  # elsewhere it is so without being asked
+    )
     if outcome.returncode:
         raise RuntimeError(outcome.stdout)
     shutil.rmtree(target, ignore_errors=True)
@@ -112,11 +129,23 @@ def run_all(root: Path, source: Path, executed: Path) -> None:
         shutil.copy2(result, source / notebook)
 
 
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Wait for whoever is inside with the same `file`; a process that ends has left it."""
+    with file.open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        while fcntl is None and msvcrt is not None:
+            with contextlib.suppress(OSError):  # it gives up after ten seconds
+                msvcrt.locking(lock.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+                break
+        yield
+
+
 def main() -> None:
     build = ROOT / "_build"
     build.mkdir(exist_ok=True)
-    with (build / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once: the second waits
+    with locked(build / ".lock"):  # two builds at once: the second waits
         stage(ROOT, build / "source")
         try:
             run_all(ROOT, build / "source", build / "executed")

@@ -7,6 +7,7 @@ compose. The attack runs against the model in eval mode and leaves no trace in i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -14,10 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defenses.attacks.contract import attacking
+from defenses.attacks.contract import at_least_float32, attacking, crafted, refuse_if
+from defenses.attacks.gradient import bim, fgsm, mim, pgd
+from defenses.attacks.losses import masked
 from defenses.training import Loss, cross_entropy
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+AT_THE_IMAGE = (
+    "the attack of TRADES starts at the images, where the divergence has no gradient to climb: "
+    "give it a random start and a radius above 0"
+)
 
 
 def adversarial(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) -> Loss:
@@ -41,7 +49,7 @@ def adversarial(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) 
         raise ValueError(f"share must lie in (0, 1], got {share}")
 
     def mixture(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        hard = loss(model, attack(model, x, y), y)
+        hard = loss(model, crafted(attack, model, x, y), y)
         return hard if share == 1 else (1 - share) * loss(model, x, y) + share * hard
 
     return mixture
@@ -70,7 +78,7 @@ def mixed_batch(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) 
 
     def mixture(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if count := int(share * len(x) + 1e-9):
-            hard = attack(model, x[-count:], y[-count:])
+            hard = crafted(attack, model, x[-count:], y[-count:])
             x = torch.cat([x[:-count], hard])
         return loss(model, x, y)
 
@@ -95,6 +103,7 @@ def drawn_radius(attack: Callable[..., Tensor], low: float, high: float) -> Call
     if not 0 <= low <= high:
         raise ValueError(f"expected 0 <= low <= high, got {low} and {high}")
 
+    @wraps(attack)
     def drawn(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         eps = low + (high - low) * float(torch.rand(()))
         return attack(model, x, y, eps=eps, **options)
@@ -103,8 +112,13 @@ def drawn_radius(attack: Callable[..., Tensor], low: float, high: float) -> Call
 
 
 def divergence(logits: Tensor, logits_adv: Tensor) -> Tensor:
-    """KL(softmax(z) ‖ softmax(z_adv)) of each image, in float32; (N, K) twice to (N,)."""
-    log_p, log_q = (z.float().log_softmax(dim=1) for z in (logits, logits_adv))
+    """KL(softmax(z) ‖ softmax(z_adv)) of each image, in float32 or wider; (N, K) twice to (N,).
+
+    A class that the model masks has probability 0 in both, and adds nothing.
+    """
+    log_p, log_q = (at_least_float32(z).log_softmax(dim=1) for z in (logits, logits_adv))
+    hidden = masked(log_p)
+    log_p, log_q = (log.masked_fill(hidden, 0) for log in (log_p, log_q))
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
@@ -125,24 +139,40 @@ def trades(attack: Callable[..., Tensor], beta: float = 6.0) -> Loss:
     Raises
     ------
     ValueError
-        If beta is negative; from the objective, if the attack stops early.
+        If beta is negative; from the objective, if the attack stops early, or if it starts at the
+        images: FGSM, BIM, MIM, PGD without a random start, and any other that never leaves them.
     """
     _check_weight("beta", beta)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if _starts_at_the_image(attack):
+            raise ValueError(AT_THE_IMAGE)
         with attacking(model, x, y) as logits_of, torch.no_grad():
             held = logits_of(x)
+        clean, stays = x, []
 
         def apart(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             if len(x) != len(held):
                 raise ValueError("the attack drops images on its way: give it early_stop=False")
+            if x.requires_grad:
+                stays.append((x == clean).all())
             return divergence(held, model(x))
 
-        x_adv = attack(model, x, y, loss=apart)
-        z, z_adv = model(torch.cat([x, x_adv])).float().chunk(2)
+        x_adv = crafted(attack, model, x, y, loss=apart)
+        if stays:
+            refuse_if(torch.stack(stays).all(), AT_THE_IMAGE)
+        z, z_adv = at_least_float32(model(torch.cat([x, x_adv]))).chunk(2)
         return F.cross_entropy(z, y) + beta * divergence(z, z_adv).mean()
 
     return objective
+
+
+def _starts_at_the_image(attack: Callable[..., Tensor]) -> bool:
+    options: dict[str, Any] = {}
+    while inner := getattr(attack, "func", None) or getattr(attack, "__wrapped__", None):
+        options = getattr(attack, "keywords", {}) | options
+        attack = inner
+    return attack in (fgsm, bim, mim) or (attack is pgd and not options.get("random_start", True))
 
 
 def adversarial_logit_pairing(attack: Attack, weight: float = 0.5, share: float = 0.5) -> Loss:
@@ -170,7 +200,8 @@ def adversarial_logit_pairing(attack: Attack, weight: float = 0.5, share: float 
         raise ValueError(f"share must lie in [0, 1], got {share}")
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        z, z_adv = model(torch.cat([x, attack(model, x, y)])).float().chunk(2)
+        x_adv = crafted(attack, model, x, y)
+        z, z_adv = at_least_float32(model(torch.cat([x, x_adv]))).chunk(2)
         mixture = (1 - share) * F.cross_entropy(z, y) + share * F.cross_entropy(z_adv, y)
         return mixture + weight * F.mse_loss(z, z_adv)
 
@@ -193,7 +224,7 @@ def clean_logit_pairing(weight: float = 0.5) -> Loss:
     _check_weight("weight", weight)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        z, half = model(x).float(), len(x) // 2
+        z, half = at_least_float32(model(x)), len(x) // 2
         pairs = F.mse_loss(z[:half], z[half : 2 * half]) if half else 0.0
         return F.cross_entropy(z, y) + weight * pairs
 
@@ -214,7 +245,7 @@ def logit_squeezing(weight: float = 0.5) -> Loss:
     _check_weight("weight", weight)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        z = model(x).float()
+        z = at_least_float32(model(x))
         return F.cross_entropy(z, y) + weight * z.norm(dim=1).mean()
 
     return objective

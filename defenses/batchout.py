@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defenses.attacks.contract import at_least_float32
 from defenses.training import Loss
 
 Direction = Callable[[Tensor, int], Tensor]
@@ -30,7 +31,7 @@ def to_partners(x: Tensor, count: int, generator: torch.Generator | None = None)
 def to_noise(x: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     r"""The control of Eq. 5, :math:`\lVert x \rVert_2\, n / \lVert n \rVert_2`, n ~ N(0, I).
 
-    The paper prints x² in place of the norm of x, which would have no direction of its own.
+    Of each sample's own length, whatever was drawn, for the first ``count`` samples.
     """
     x = x[:count]
     n = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -146,7 +147,7 @@ def mixup(alpha: float = 2.0, layers: Sequence[int] = (0,)) -> Loss:
         share = float(torch.distributions.Beta(alpha, alpha).sample())
         R = torch.randperm(len(x), device=x.device)
         h = model[:layer](x)
-        z = model[layer:](share * h + (1 - share) * h[R]).float()
+        z = at_least_float32(model[layer:](share * h + (1 - share) * h[R]))
         return share * F.cross_entropy(z, y) + (1 - share) * F.cross_entropy(z, y[R])
 
     return loss

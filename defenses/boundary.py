@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks.contract import attacking
+from defenses.attacks.contract import attacking, widest
 from defenses.evaluation import on_device_of
 from defenses.piecewise import linearize
 
@@ -57,12 +57,13 @@ def measure(
             z, pull = linearize(model, x)
             u = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
             J = pull(u[:, None].expand(-1, len(x), -1)).flatten(2).transpose(0, 1)
-        z, J = z.detach().double(), J.double()
-        rows.append((*_at(x.flatten(1).double(), y, z, J), correct))
-    return Boundary(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
+        wide = [v.detach().to(widest(x.device)) for v in (x.flatten(1), z, J)]
+        rows.append((*_at(y, *wide), correct))
+    columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)]
+    return Boundary(*(c if c.dtype == torch.bool else c.double() for c in columns))
 
 
-def _at(x: Tensor, y: Tensor, z: Tensor, J: Tensor) -> tuple[Tensor, ...]:
+def _at(y: Tensor, x: Tensor, z: Tensor, J: Tensor) -> tuple[Tensor, ...]:
     i = torch.arange(len(x), device=x.device)
     gaps = (z - z[i, y, None]).abs().scatter(1, y[:, None], torch.inf)
     slopes = (J - J[i, y, None]).norm(dim=2)

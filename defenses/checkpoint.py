@@ -1,14 +1,17 @@
 """Files that a killed process leaves whole: what long trainings and long attacks go on from."""
 
 import glob
+import io
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 REMEDY = "delete it to start anew, or name another"
+SAID = 5  # differences that are spelled out
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
@@ -47,8 +50,29 @@ def load(path: str | Path, run: dict[str, Any], names: list[str]) -> list[Any] |
         stored, found = dict(saved["run"]), [saved[name] for name in names]
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint; {REMEDY}") from error
-    differ = [name for name in stored | run if stored.get(name) != run.get(name)]
-    changed = [f"{name} was {stored.get(name)}, is {run.get(name)}" for name in differ]
-    if changed:
-        raise ValueError(f"{path} belongs to another run ({'; '.join(changed)}); {REMEDY}")
+    if changed := differences(stored, run):
+        raise ValueError(f"{path} belongs to another run ({changed}); {REMEDY}")
     return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`name was this, is that` for what differs; only the first few of many."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    said = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names[:SAID]]
+    return "; ".join(said + [f"{len(names) - SAID} more differ"] * (len(names) > SAID))
+
+
+def check_readable(content: Any, what: str) -> None:
+    """Raise a ValueError unless `load` would read what `save` writes of `content`."""
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"a checkpoint cannot hold {what}: it takes tensors, numbers, text, and lists and "
+            f"dicts of them ({str(error).splitlines()[0]})"
+        ) from error

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import check_integrity
 
@@ -88,7 +87,8 @@ def load_data(
         `digits` (scikit-learn's 1,797 images of 8×8, each pixel repeated to 3×3 and padded by 2 to
         1×28×28; of the images sorted by label every fifth is for testing: 1,437 and 360),
         `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, or `imagefolder:PATH` for
-        `PATH/{train,test}/CLASS/*.jpg|jpeg|png`, where a relative PATH lies below the root;
+        `PATH/{train,test}/CLASS/*.jpg|jpeg|png`, where a relative PATH lies below the root and
+        hidden files and folders, such as `.ipynb_checkpoints`, do not count;
         `cifar10-jpeg` stands for `imagefolder:cifar10-jpeg`.
     root : path, optional
         The folder of the data sets, laid out as torchvision does. Default: the environment
@@ -116,12 +116,18 @@ def load_data(
     return data if device is None else data.to(device)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Return images as float32 in [0,1], channels_last: uint8 over 255, floats as they are.
+def to_float(
+    images: Tensor,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """Return a copy of images as floats in [0,1]: uint8 over 255, floats as they are.
 
     Parameters
     ----------
     images : Tensor, uint8 or floating, (N, C, H, W)
+    dtype, memory_format
+        Those of the copy.
 
     Raises
     ------
@@ -133,7 +139,7 @@ def to_float(images: Tensor) -> Tensor:
             "expected images as a uint8 or floating tensor of shape (N, C, H, W), "
             f"got {images.dtype} of shape {tuple(images.shape)}"
         )
-    x = images.to(torch.float32, memory_format=torch.channels_last)
+    x = images.to(dtype, copy=True, memory_format=memory_format)
     if images.dtype == torch.uint8:
         return x.div_(255)
     if not ((x >= 0) & (x <= 1)).all():
@@ -142,11 +148,16 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def batches(
-    images: Tensor, labels: Tensor, batch_size: int, generator: torch.Generator | None = None
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    **form: Any,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return an iterator of (float images in [0,1], labels), the last batch perhaps a smaller one.
 
     With a `generator` the order is a permutation drawn at the call; without one, the data's own.
+    A batch is a copy: what is done to it in place reaches neither images nor labels.
 
     Parameters
     ----------
@@ -155,6 +166,8 @@ def batches(
     batch_size : int, at least 1
     generator : torch.Generator, optional
         On the images' device, so that shuffling never leaves it; one on the CPU works as well.
+    form
+        The `dtype` and `memory_format` of the batches, as `to_float` takes them.
     """
     if len(images) != len(labels):
         raise ValueError(f"expected a label an image, got {len(images)} and {len(labels)}")
@@ -167,7 +180,15 @@ def batches(
         order = torch.randperm(len(images), generator=generator, device=generator.device)
         order = order.to(images.device)
         parts = [order[start : start + batch_size] for start in starts]
-    return ((to_float(images[part]), labels[part]) for part in parts)
+    return ((to_float(images[part], **form), labels[part].clone()) for part in parts)
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """Eight letters that name these images with these labels: what two numbers must share."""
+    crc = 0
+    for part in tensors:
+        crc = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
@@ -305,12 +326,11 @@ def _read_imagefolder(folder: Path) -> ImageData:
                 f"{folder / split} is not there: expected images as {{train,test}}/CLASS/*.jpg or "
                 f"*.png below {folder}; a relative PATH lies below root= or DEFENSES_DATA"
             )
-        classes[split], index = find_classes(folder / split)
-        samples[split] = make_dataset(folder / split, index, EXTENSIONS)
+        classes[split], samples[split] = _listed(folder / split)
     if classes["train"] != classes["test"]:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise ValueError(f"{folder}: train and test must have the same classes; only one has {odd}")
-    files = [Path(file) for file, _ in samples["train"] + samples["test"]]
+    files = [file for file, _ in samples["train"] + samples["test"]]
 
     def read() -> tuple[list[Tensor], tuple[str, ...]]:
         images = _decode(files)
@@ -320,6 +340,32 @@ def _read_imagefolder(folder: Path) -> ImageData:
 
     name = folder.resolve().name
     return _image_data(name, *_decoded_once(folder / f"{name}.uint8.pt", files, read))
+
+
+def _listed(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """The classes below `folder`, and its images with the number of their class, both sorted."""
+    found: list[tuple[Path, int]] = []
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not _hidden(d.name))
+    for label, name in enumerate(classes):
+        images = []
+        for place, inner, files in os.walk(folder / name, followlinks=True):
+            inner[:] = [d for d in inner if not _hidden(d)]
+            shown = [file for file in files if not _hidden(file)]
+            images += [(place, file) for file in shown if file.lower().endswith(EXTENSIONS)]
+        found += [(Path(*image), label) for image in sorted(images)]
+        if not images:
+            raise FileNotFoundError(
+                f"{folder / name} holds no image: expected {', '.join(EXTENSIONS)}. Add some, or "
+                "delete the folder: each one is a class"
+            )
+    if not classes:
+        raise FileNotFoundError(f"{folder} holds no folder: expected one a class")
+    return classes, found
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file manager would not show it: editors, systems and servers leave such things."""
+    return name.startswith((".", "__MACOSX", "@eaDir"))
 
 
 def _decode(files: list[Path]) -> Tensor:

@@ -81,10 +81,10 @@ def loudness(
     for x, y in on_device_of(model, data_split, batch_size):
         with attacking(model, x, y) as logits_of:
             z = logits_of.exact(x)
-        best, second = z.double().topk(2).values.unbind(dim=1)
+        best, second = z.topk(2).values.cpu().double().unbind(dim=1)
         leads.append(best - second)
         ones.append(z.float().softmax(dim=1).gather(1, y[:, None])[:, 0] == 1)
-    return mean_size(torch.cat(leads).cpu()), Accuracy(torch.cat(ones).cpu())
+    return mean_size(torch.cat(leads)), Accuracy(torch.cat(ones).cpu())
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def layer_slopes(
     try:
         for start, end in pairwise([0, *ends]):
             h = h.detach().requires_grad_()
-            out, squares = model[start:end](h), torch.zeros(len(x), device=x.device)
+            out, squares = model[start:end](h.clone()), torch.zeros(len(x), device=x.device)
             for _ in range(draws):
                 u = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
                 (row,) = torch.autograd.grad(out, h, u, retain_graph=True)
@@ -224,7 +224,7 @@ def reach(
         As for `defenses.attacks.pgd`; a step is 2.5·eps/steps long.
     """
     with torch.no_grad():
-        start = features(model, x)
+        start = features(model, x.clone())
 
     def distance(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return (features(model, x) - start).norm(dim=1)
@@ -232,7 +232,7 @@ def reach(
     climb = partial(pgd, eps=eps, step_size=2.5 * eps / steps, steps=steps, early_stop=False)
     end = climb(model, x, y, loss=distance, seed=seed)
     with torch.no_grad():
-        return distance(model, end, y)
+        return distance(model, end.clone(), y)
 
 
 def feature_noise(model: nn.Sequential, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
@@ -253,7 +253,7 @@ def feature_noise(model: nn.Sequential, x: Tensor, x_adv: Tensor) -> dict[str, T
     dict of Tensor
         By the layer's name, in order; (N,) each.
     """
-    noise, features, twins = {}, x, x_adv
+    noise, features, twins = {}, x.clone(), x_adv.clone()
     with attacking(model, x), torch.no_grad():
         for name, layer in model.named_children():
             features, twins = layer(features), layer(twins)

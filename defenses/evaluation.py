@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,8 +10,9 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from .attacks.contract import attacking, relative_norm
-from .data import batches
+from .attacks.contract import attacking, crafted, relative_norm
+from .data import batches, digest
+from .layout import taken_by
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Split = tuple[Tensor, Tensor]
@@ -104,9 +104,11 @@ def evaluate(
     Parameters
     ----------
     model : nn.Module
-        Maps images in [0, 1] to logits; judged in eval mode, in full precision.
+        Maps images in [0, 1] to logits; judged in eval mode, in full precision: float64 where its
+        weights are.
     data_split : tuple of Tensor
-        Images (n, C, H, W), uint8 or float in [0, 1], and labels int64 (n,): ``data.test``.
+        Images (n, C, H, W), uint8 or float in [0, 1], and labels int64 (n,): ``data.test``. Model
+        and attack get copies of them, channels_last where the model takes them so.
     attack : callable, optional
         ``(model, x, y) -> x_adv``, such as ``functools.partial(pgd, eps=0.3, …)``.
     batch_size : int
@@ -115,20 +117,13 @@ def evaluate(
     Raises
     ------
     ValueError
-        Where the attack returns another shape or leaves [0, 1], and as every attack does.
+        Where there are no images; where the attack returns something else than images of the same
+        shape, dtype and device, or leaves [0, 1]; and as every attack does.
     """
     correct = []
     for x, y in on_device_of(model, data_split, batch_size):
         correct.append(_correct(model, _attacked(attack, model, x, y), y))
     return Accuracy(torch.cat(correct).cpu(), digest(data_split))
-
-
-def digest(data_split: Split) -> str:
-    """Eight letters that name these images with these labels: what two numbers must share."""
-    crc = 0
-    for part in data_split:
-        crc = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), crc)
-    return f"{crc:08x}"
 
 
 def epsilon_curve(
@@ -153,11 +148,14 @@ def transfer_matrix(
     Each source is attacked once. The diagonal is the white-box accuracy.
     """
     correct: dict[tuple[str, str], list[Tensor]] = {}
+    taken = {name: taken_by(model, data_split[0]) for name, model in models.items()}
     for crafted_on, source in models.items():
         for x, y in on_device_of(source, data_split, batch_size):
             x_adv = _attacked(attack, source, x, y)
             for tested_on, model in models.items():
-                correct.setdefault((tested_on, crafted_on), []).append(_correct(model, x_adv, y))
+                shown, label = taken[tested_on].of(x_adv), y.to(taken[tested_on].device)
+                right = _correct(model, shown, label).cpu()
+                correct.setdefault((tested_on, crafted_on), []).append(right)
     images = digest(data_split)
     return {
         (tested_on, crafted_on): Accuracy(torch.cat(correct[tested_on, crafted_on]).cpu(), images)
@@ -214,16 +212,16 @@ def perturbations(
         eta = (x_adv - x).flatten(1)
         rows.append(
             (
-                eta.norm(dim=1).double(),
-                eta.abs().amax(dim=1).double(),
-                relative_norm(x_adv, x).double(),
-                (eta != 0).sum(dim=1).double(),
+                eta.norm(dim=1),
+                eta.abs().amax(dim=1),
+                relative_norm(x_adv, x),
+                (eta != 0).sum(dim=1),
                 _correct(model, x, y),
                 ~_correct(model, x_adv, y),
             )
         )
-    columns = [torch.cat(column).cpu() for column in zip(*rows, strict=True)]
-    l2, linf, relative, l0, clean_correct, fooled = columns
+    *sizes, clean_correct, fooled = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
+    l2, linf, relative, l0 = (size.double() for size in sizes)  # on the CPU: some GPUs have none
     return Perturbations(l2, linf, relative, l0, clean_correct, fooled, digest(data_split))
 
 
@@ -340,20 +338,17 @@ def on_device_of(
     model: nn.Module, data_split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels = data_split
-    device = next((p.device for p in model.parameters()), images.device)
-    for x, y in batches(images, labels, batch_size):
-        yield x.to(device), y.to(device)
+    if not len(images):
+        raise ValueError("there are no images to measure on: the split is empty")
+    taken = taken_by(model, images)
+    for x, y in batches(images, labels, batch_size, **taken.form):
+        yield x.to(taken.device), y.to(taken.device)
 
 
 def _attacked(attack: Attack | None, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     if attack is None:
         return x
-    x_adv = attack(model, x, y)
-    if x_adv.shape != x.shape:
-        raise ValueError(
-            f"the attack returned shape {tuple(x_adv.shape)}, expected {tuple(x.shape)}"
-        )
-    return x_adv.detach()
+    return crafted(attack, model, x, y).detach()
 
 
 def _correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

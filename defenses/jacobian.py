@@ -88,7 +88,10 @@ def jacobian_penalty(
         The sum runs over the first so many images of the batch, N being their number: a random
         sample, since `fit` shuffles. Without it, over all.
     projections : int, optional
-        As in `squared_norm`: an unbiased estimate of the sum from so many rows instead of K.
+        As in `squared_norm`: an estimate of the sum from so many directions instead of K rows.
+        Either estimate is unbiased for ``"mean square"`` only: a root of it is too small on
+        average (:math:`\mathbb{E}\sqrt{X} \le \sqrt{\mathbb{E}X}`), so that with few images or
+        directions the other two forms penalize less than their λ says.
     layer : str
         ``"logits"``, or ``"features"``: the Jacobian of the input of the model's last layer,
         :math:`J^{(L-1)}` of Appendix A; for an ``nn.Sequential`` that ends in ``nn.Linear``.
@@ -152,7 +155,7 @@ def input_gradient_penalty(weight: float = 1.0, *, loss: Loss = cross_entropy) -
 
     def penalized(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        value = loss(model, x, y)
+        value = loss(model, x.clone(), y)
         g = torch.autograd.grad(value, x, create_graph=True)[0]
         return value + weight * len(x) * _squares(g[None]).sum()  # g_i is the mean's, 1/N of L's
 

@@ -475,6 +475,7 @@ def he_initialized(model: nn.Sequential, slope: float = 0.0) -> nn.Sequential:
 @torch.no_grad()
 def activations(model: nn.Sequential, x: Tensor, layer: str) -> Tensor:
     """The activations (N, …) behind ``layer`` of a sequential model, in its present mode."""
+    x = x.clone()
     for name, module in model.named_children():
         x = module(x)
         if name == layer:

@@ -59,7 +59,7 @@ def linearize(model: nn.Module, x: Tensor) -> tuple[Tensor, Pull]:
 
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        z = model(x)
+        z = model(x.clone())  # it may write in what it is given
 
     def rows(u: Tensor) -> Tensor:
         again = torch.is_grad_enabled()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defenses.attacks.contract import at_least_float32
 from defenses.training import Loss
 
 AWAY = 1e-4  # what the released code multiplies the contrastive term by
@@ -34,14 +35,14 @@ def released_conformity(f: Tensor, y: Tensor, w: Tensor, v: Tensor, away: float 
     """
     contrast = distances(f, v).square()
     others = contrast.sum(1) - contrast.gather(1, y[:, None]).squeeze(1)
-    return (f.float() - w[y]).square().sum(1) - away * others / (len(v) - 1)
+    return (at_least_float32(f) - w[y]).square().sum(1) - away * others / (len(v) - 1)
 
 
 def distances(f: Tensor, w: Tensor) -> Tensor:
-    """‖f_i − w_j‖ in float32, (N, d) and (k, d) to (N, k); its derivative at 0 counts as 0."""
+    """‖f_i − w_j‖, (N, d) and (k, d) to (N, k), in float32 or wider; its derivative at 0 is 0."""
     with torch.autocast(f.device.type, enabled=False):
         exact = "donot_use_mm_for_euclid_dist"  # the other way loses small distances to rounding
-        return torch.cdist(f.float(), w.float(), compute_mode=exact)
+        return torch.cdist(at_least_float32(f), at_least_float32(w), compute_mode=exact)
 
 
 class Prototypes(nn.Module):
@@ -129,7 +130,7 @@ def joint(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0) -> Tensor
     """
     model = cast(Prototypes, model)
     logits, features = model.tapped(x)
-    value = F.cross_entropy(logits.float(), y, reduction="none")
+    value = F.cross_entropy(at_least_float32(logits), y, reduction="none")
     for tap, f in features.items():
         value = value + weight * model.conformity(tap, f, y)
     return value
@@ -150,7 +151,7 @@ def confusion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     Climbed by an attack that aims at the features and knows the prototypes.
     """
     model = cast(Prototypes, model)
-    value = torch.zeros(len(x), device=x.device)
+    value = x.new_zeros(len(x))
     for tap, f in model.tapped(x)[1].items():
         far = distances(f, model.w[tap])
         own, others = far.gather(1, y[:, None]), far.scatter(1, y[:, None], torch.inf)

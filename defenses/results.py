@@ -15,6 +15,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ COLUMNS = [*KEY, "value", "n", "ci_low", "ci_high", "seed", "protocol", "dataset
 COLUMNS += ["seconds", "versions", "commit", "date", "images", "code"]
 KIND = [*KEY, "protocol", "dataset"]  # rows that differ in the seed only are of one kind
 PROTOCOLS = ["paper", "short", "quick"]  # the best first
+CONFLICT = r"(<{7}|={7}|>{7}|\|{7})"  # what git puts between the sides, on a line without commas
 
 Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 
@@ -192,10 +194,19 @@ def value(
 
 
 def claim(text: str, ok: Any) -> None:
-    """Print `✓ text` where `ok` holds; raise an AssertionError with the text where it does not."""
+    """Print `✓ text` where `ok` holds; raise an AssertionError with the text where it does not.
+
+    Where the console has no ✓, as on a Windows of code page 1252, it is `ok`.
+    """
     if not bool(ok):
         raise AssertionError(f"does not hold: {text}")
-    print(f"✓ {text}")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        "✓".encode(encoding)
+        mark = "✓"
+    except UnicodeEncodeError:
+        mark = "ok:"
+    print(mark, text.encode(encoding, "replace").decode(encoding))
 
 
 def coverage(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
@@ -322,10 +333,12 @@ def _read(file: Path, columns: list[str]) -> pd.DataFrame:
         return pd.DataFrame(columns=columns, dtype=str)
     try:
         frame = pd.read_csv(file, dtype=str, keep_default_na=False)  # a row may be called None
-    except pd.errors.ParserError as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no table, perhaps after a merge conflict: {error}") from error
     if list(frame.columns) != columns:
         raise ValueError(f"{file} has columns {list(frame.columns)}; expected {columns}")
+    if frame[columns[0]].str.match(CONFLICT).any():
+        raise ValueError(f"{file} holds a merge conflict: resolve it, and delete the marks of git")
     return frame
 
 
@@ -367,7 +380,7 @@ def processor() -> str:
     """The processor's name and the widest instructions that PyTorch uses on it: `AMD …, AVX2`."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # elsewhere than on Linux
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         name = found[1].strip() if found else name
     units = torch.backends.cpu.get_cpu_capability()
     rounded = " with bf16" * torch.ops.mkldnn._is_mkldnn_bf16_supported()

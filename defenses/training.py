@@ -13,21 +13,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from defenses.attacks.contract import asked_later
-from defenses.checkpoint import REMEDY, load, save
-from defenses.data import ImageData, batches
+from defenses.attacks.contract import asked_later, at_least_float32
+from defenses.data import ImageData, batches, digest
+from defenses.layout import Taken, check_last_batch, shown, taken_by
+from defenses.resume import Resumable
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 _COUNTS: ContextVar[list[int] | None] = ContextVar("_COUNTS", default=None)
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy in float32."""
-    return F.cross_entropy(model(x).float(), y)
+    """Mean cross-entropy in float32, or in float64 where the model computes in it."""
+    return F.cross_entropy(at_least_float32(model(x)), y)
 
 
 def label_smoothing(share: float = 0.1) -> Loss:
@@ -41,7 +43,7 @@ def label_smoothing(share: float = 0.1) -> Loss:
         raise ValueError(f"share must lie in [0, 1), got {share}")
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        logits = model(x).float()
+        logits = at_least_float32(model(x))
         classes = logits.shape[1]
         if share * classes > classes - 1:
             raise ValueError(f"share {share} would prefer the wrong ones of {classes} classes")
@@ -70,13 +72,15 @@ def fit(
     Parameters
     ----------
     model : Module
-        Maps images (N, C, H, W) in [0, 1] to logits (N, K). Moved to the data's device.
+        Maps images (N, C, H, W) in [0, 1] to logits (N, K). Moved to the data's device. Its dtype,
+        float64 too, and its memory format stay; it gets images in channels_last where it takes
+        them so.
     loss : callable (model, x, y) -> scalar
         The objective; a defense that changes the objective is such a function.
     optimizer : Optimizer, optional
         SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4 by default.
     schedule : LRScheduler, optional
-        Stepped once an epoch.
+        Stepped once an epoch; ``ReduceLROnPlateau`` is given the epoch's mean loss.
     augment : callable (x, generator) -> x, optional
         Applied to each batch, e.g. :func:`defenses.data.crop_and_flip`.
     probe : callable (model) -> {name: number}, optional
@@ -88,8 +92,12 @@ def fit(
         the model's own.
     checkpoint : path, optional
         Written after each epoch, atomically. If it is there, training goes on from it and ends
-        with the same weights, bit for bit, as a run that was never stopped. It must come from the
-        same data, model, optimizer, loss, batch size and seed; the loss is known by name only.
+        with the same weights, bit for bit, as a run that was never stopped; more epochs may be
+        asked for. It must come from the same images, labels, loss, augmentation, batch size, seed
+        and layers, and from the same optimizer and schedule: all their options, as they were before
+        the first step or after the last, and each parameter's group. Loss and augmentation are
+        known by their names and values, those that are not of this package by their code, too. What
+        they learn or count is not in the file.
 
     Returns
     -------
@@ -100,16 +108,20 @@ def fit(
     Raises
     ------
     ValueError
-        If the checkpoint is unreadable or of another run, the optimizer of another model, or the
-        schedule of another optimizer.
+        If there are no images; if the checkpoint is unreadable, of another run (what differs is
+        named) or could not hold all that is trained; if the optimizer is of another model, or the
+        schedule of another optimizer; if the last batch would be a single image, which the model's
+        batch normalization does not take. All before the first step.
     FloatingPointError
         If the loss of an epoch is not finite.
     """
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1; got {epochs}, {batch_size}")
     images, labels = data.train
+    if not len(images):
+        raise ValueError("there are no images to train on: the training data are empty")
     device = images.device
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    taken = taken_by(model.to(device), images)
     if optimizer is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     weights = {id(weight) for weight in model.parameters()}
@@ -117,40 +129,50 @@ def fit(
         raise ValueError("the optimizer is of another model: make it from model.parameters()")
     if schedule is not None and schedule.optimizer is not optimizer:
         raise ValueError("the schedule is of another optimizer: give optimizer=schedule.optimizer")
-    run = {"data": data.name, "images": len(images), "batch_size": batch_size, "seed": seed}
-    run |= {"loss": getattr(loss, "__qualname__", type(loss).__qualname__)}
-    run |= {"optimizer": type(optimizer).__name__}
-    run |= {name: optimizer.defaults.get(name) for name in ("lr", "momentum", "weight_decay")}
-    parts = {"optimizer": optimizer, "schedule": schedule, "model": model}
-    parts = {name: part for name, part in parts.items() if part is not None}
     if (counts := _COUNTS.get()) is not None:
-        counts.append(epochs * _epoch_flops(model, loss, optimizer, data.train, batch_size))
+        x, y = next(batches(images, labels, batch_size, **taken.form))
+        flops = _step_flops(model, loss, optimizer, x, y)
+        counts.append(epochs * (flops * len(images) // len(x)))
         return []
-    history = _resume(checkpoint, run, parts, epochs) if checkpoint is not None else []
+
+    def seen(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # Each epoch draws from its own seed, so that resuming needs no generator's state.
+        torch.manual_seed(1_000_003 * seed + epoch)
+        generator = torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
+        for x, y in batches(images, labels, batch_size, generator, **taken.form):
+            yield (x if augment is None else _augmented(augment, x, generator, taken)), y
 
     cuda = [device] if device.type == "cuda" else []
     deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
-    with torch.random.fork_rng(cuda), deterministic:
+    with torch.random.fork_rng(cuda), deterministic, shown(model, optimizer, taken):
+        file, history = None, []
+        if checkpoint is not None:
+            run = {"data": data.name, "images": len(images), "pixels": digest([images])}
+            run |= {"labels": digest([labels]), "batch_size": batch_size, "seed": seed}
+            file = Resumable.of(checkpoint, run, model, optimizer, schedule, loss, augment)
+            history = file.resume(epochs, lambda: next(seen(0))[0])
+        if len(history) < epochs:
+            one = next(batches(images[:1], labels[:1], 1, **taken.form))
+            check_last_batch(model, *one, len(images), batch_size, loss)
         for epoch in range(len(history), epochs):
-            start, total = time.perf_counter(), torch.zeros((), device=device)
-            # Each epoch draws from its own seed, so that resuming needs no generator's state.
-            torch.manual_seed(1_000_003 * seed + epoch)
-            generator = torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
+            start, total = time.perf_counter(), torch.zeros((), device=device, dtype=taken.dtype)
             model.train()
-            steps = batches(images, labels, batch_size, generator)
             bar = {"total": -(-len(images) // batch_size), "leave": False, "disable": not progress}
+            name = f"epoch {epoch + 1}/{epochs}"
             with asked_later():
-                for x, y in tqdm(steps, f"epoch {epoch + 1}/{epochs}", mininterval=0.5, **bar):
-                    if augment is not None:
-                        x = augment(x, generator)
+                for x, y in tqdm(seen(epoch), name, mininterval=0.5, **bar):
+                    if file is not None:
+                        file.note_first(x)
                     total += _step(model, loss, optimizer, x, y) * len(x)
-            if schedule is not None:
-                schedule.step()
             mean = total.item() / len(images)
             if not math.isfinite(mean):
                 raise FloatingPointError(
                     f"the loss became {mean} in epoch {epoch + 1}: lower the learning rate"
                 )
+            if isinstance(schedule, ReduceLROnPlateau):
+                schedule.step(mean)
+            elif schedule is not None:
+                schedule.step()
             seconds = time.perf_counter() - start
             history.append({"epoch": epoch + 1, "loss": mean, "seconds": seconds})
             if probe is not None:
@@ -158,8 +180,8 @@ def fit(
                 if clash := sorted(found.keys() & history[-1].keys()):
                     raise ValueError(f"the probe found {clash}, which training itself keeps")
                 history[-1] |= found
-            if checkpoint is not None:
-                _save(checkpoint, run, parts, history)
+            if file is not None:
+                file.save(history)
     model.eval()
     return history
 
@@ -178,18 +200,13 @@ def counted() -> Iterator[list[int]]:
         _COUNTS.reset(token)
 
 
-def _epoch_flops(
-    model: nn.Module,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    split: tuple[Tensor, Tensor],
-    batch_size: int,
+def _step_flops(
+    model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> int:
-    x, y = next(batches(*split, batch_size))
     with Flops() as counted:
         _step(model.train(), loss, optimizer, x, y)
     model.eval()
-    return counted.total * len(split[1]) // len(y)
+    return counted.total
 
 
 class Flops(TorchDispatchMode):
@@ -219,16 +236,17 @@ def step_seconds(
     In turns, so that the ratios hold on a machine that others use too. The models are trained on.
     ``losses`` gives the objective of those that have one other than cross-entropy.
     """
-    steps = {}
+    steps, images = {}, {}
     for name, model in models.items():
-        model.to(x.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        images[name] = taken_by(model.to(x.device), x).of(x)
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
         steps[name] = (model, (losses or {}).get(name, cross_entropy), optimizer)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(3 + repeats):  # three to warm up
         for name, step in steps.items():
+            batch = images[name].clone(), y.clone()
             start = time.perf_counter()
-            _step(*step, x, y).item()  # waits for the device
+            _step(*step, *batch).item()  # waits for the device
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times[3:]) for name, times in seconds.items()}
 
@@ -253,30 +271,13 @@ def rounded(device: torch.device | str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
-def _save(path: str | Path, run: dict, parts: dict, history: list) -> None:
-    states = {name: part.state_dict() for name, part in parts.items()}
-    save(path, {"run": run, "history": history, "states": states})
-
-
-def _resume(path: str | Path, run: dict, parts: dict, epochs: int) -> list:
-    found = load(path, run, ["history", "states"])
-    if found is None:
-        return []
-    history, states = found
-    if len(history) > epochs:
-        done = f"{len(history)} epochs are done, {epochs} asked for"
-        raise ValueError(f"{path} belongs to another run ({done}); {REMEDY}")
-    try:
-        shapes = [
-            {name: weight.shape for name, weight in weights.items()}
-            for weights in (states["model"], parts["model"].state_dict())
-        ]
-        if states.keys() != parts.keys() or shapes[0] != shapes[1]:
-            raise ValueError("the layers differ, or one has a schedule and the other none")
-        for name, part in parts.items():  # the model last: what does not fit leaves it as it was
-            part.load_state_dict(states[name])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} was written for another model or optimizer; {REMEDY}: {error}"
-        ) from error
-    return list(history)
+def _augmented(
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    x: Tensor,
+    generator: torch.Generator,
+    taken: Taken,
+) -> Tensor:
+    dtype, x = x.dtype, augment(x, generator)
+    if x.dtype != dtype:
+        raise ValueError(f"augment returned {x.dtype}, expected {dtype}, in which it was given")
+    return taken.of(x)

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
@@ -24,7 +25,7 @@ from defenses.adversarial import (
     mixed_batch,
     trades,
 )
-from defenses.attacks import fgsm, pgd
+from defenses.attacks import bim, fgsm, mim, pgd
 from defenses.attacks.losses import PerImageLoss
 from defenses.data import load_data
 from defenses.evaluation import evaluate
@@ -543,3 +544,40 @@ def test_trades_refuses_an_attack_that_drops_images() -> None:
     early = functools.partial(pgd, eps=0.3, step_size=0.1, steps=3)
     with pytest.raises(ValueError, match="early_stop=False"):
         trades(early)(linear(), images[:64] / 255, labels[:64])
+
+
+AT_THE_IMAGE: dict[str, Any] = {
+    "fgsm": functools.partial(fgsm, eps=0.1),
+    "bim": functools.partial(bim, eps=0.1, step_size=0.05, steps=3, early_stop=False),
+    "mim": functools.partial(mim, eps=0.1, step_size=0.05, steps=3, early_stop=False),
+    "pgd": functools.partial(
+        pgd, eps=0.1, step_size=0.05, steps=3, early_stop=False, random_start=False
+    ),
+    "a partial of a partial": functools.partial(
+        functools.partial(pgd, random_start=False), eps=0.1, step_size=0.05, steps=3
+    ),
+    "a drawn radius": drawn_radius(
+        functools.partial(bim, step_size=0.05, steps=3, early_stop=False), 0.1, 0.2
+    ),
+    "one's own": lambda model, x, y, loss: (
+        x + 0.1 * torch.autograd.grad(loss(model, x.requires_grad_(), y).sum(), x)[0].sign()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_IMAGE)
+def test_trades_refuses_an_attack_that_starts_at_the_images(
+    name: str, batch: tuple[Tensor, Tensor]
+) -> None:
+    """There the divergence is 0 and has no gradient: training would be on the clean images."""
+    with pytest.raises(ValueError, match=r"starts at the images.*random start"):
+        trades(AT_THE_IMAGE[name])(linear(), *batch)
+
+
+@pytest.mark.parametrize("attack", ["pgd", "drawn"])
+def test_trades_takes_one_that_starts_elsewhere(attack: str, batch: tuple[Tensor, Tensor]) -> None:
+    options: dict[str, Any] = {"step_size": 0.05, "steps": 3, "early_stop": False}
+    climb = functools.partial(pgd, **options, eps=0.1)
+    if attack == "drawn":
+        climb = drawn_radius(functools.partial(pgd, **options), 0.1, 0.2)  # type: ignore[assignment]
+    assert trades(climb)(linear(), *batch).isfinite()

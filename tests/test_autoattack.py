@@ -192,6 +192,20 @@ def test_fab_within_a_radius_returns_no_more_than_that(norm: str) -> None:
     assert torch.equal(fooled, free <= eps)
 
 
+@pytest.mark.parametrize("scale", [1e10, 1e20, 1e30, 1e-20, 1e-30])
+@pytest.mark.parametrize("norm", NORMS)
+def test_fab_is_that_of_the_same_model_whatever_its_logits_are_multiplied_by(
+    norm: str, scale: float
+) -> None:
+    """In L2 the squares of large weights were infinite, and no image moved."""
+    model, x = Linear(64, 5).float(), images(10).float()
+    y = predicted(model, x)
+    attack = partial(fab, norm=norm, steps=10)
+    found, expected = attack(Written(lambda x: scale * model(x)), x, y), attack(model, x, y)
+    assert (predicted(model, found) != y).all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
 def test_fab_in_l2_is_as_near_as_deepfool() -> None:
     model, x = net(num_classes=10), images(20)
     y = predicted(model, x)

@@ -311,6 +311,19 @@ def test_a_tie_is_left() -> None:
     assert (predicted(model, short(model, x, labels(2))) == 1).all()
 
 
+@pytest.mark.parametrize("scale", [1e10, 1e18, 1e30, 1e36])
+def test_huge_logits_are_attacked_and_the_model_is_not_blamed(scale: float) -> None:
+    """Squared gradients of 1e60 made Adam's own NaN, which were then called the model's."""
+    model, x = Linear(64, 5).float(), images(10).float()
+    y = predicted(model, x)
+    huge = Written(lambda x: scale * model(x))
+    options: dict[str, Any] = {"binary_search_steps": 3, "steps": 100}
+    found = carlini_wagner(huge, x, y, **options)
+    assert (predicted(model, found) != y).all()
+    near = (carlini_wagner(model, x, y, c=1.0, **options) - x).flatten(1).norm(dim=1)
+    assert ((found - x).flatten(1).norm(dim=1) < 2 * near + 0.1).all()
+
+
 @every_variant
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
 def test_the_model_is_left_as_it_was(attack: Callable[..., Tensor], fails: bool) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
+from torchvision.datasets import ImageFolder
 
 from defenses import data as data_module
 from defenses.data import batches, crop_and_flip, gaussian_noise, load_data, to_float
@@ -208,6 +209,63 @@ def test_image_folder_in_grey_has_one_channel(tmp_path: Path) -> None:
     data = load_data(f"imagefolder:{tmp_path / 'toy'}")
     np.testing.assert_array_equal(data.train_images[:, 0], np.stack(written["train"]))
     assert data.train_images.shape == (6, 1, 6, 5)
+
+
+HIDDEN = (".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir")
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("place", ["train", "test", "train/class0000", "test/class0001/more"])
+def test_hidden_folders_are_no_classes_and_their_pictures_no_images(
+    tmp_path: Path, place: str, hidden: str
+) -> None:
+    written = write_folder(tmp_path / "toy")
+    for folder in (hidden, f"{hidden}/class0000"):
+        (tmp_path / "toy" / place / folder).mkdir(parents=True)
+        for name in ("0.png", "z.jpg"):
+            Image.fromarray(random_bytes(6, 5, 3)).save(tmp_path / "toy" / place / folder / name)
+    data = load_data("imagefolder:toy", tmp_path)
+    assert data.classes == ("class0000", "class0001")
+    for split, (images, labels) in (("train", data.train), ("test", data.test)):
+        np.testing.assert_array_equal(images, np.stack(written[split]).transpose(0, 3, 1, 2))
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    """Such as those that macOS writes beside each picture on a disk of another system."""
+    written = write_folder(tmp_path / "toy")
+    for name in ("._0.png", ".hidden.jpg"):
+        (tmp_path / "toy" / "train" / "class0000" / name).write_bytes(b"no picture")
+    (tmp_path / "toy" / "train" / ".DS_Store").write_bytes(b"")
+    images = load_data("imagefolder:toy", tmp_path).train_images
+    np.testing.assert_array_equal(images, np.stack(written["train"]).transpose(0, 3, 1, 2))
+
+
+def test_pictures_in_folders_below_a_class_come_in_the_order_of_their_paths(
+    tmp_path: Path,
+) -> None:
+    """As torchvision lists them, by whose order a set that was decoded before is known."""
+    write_folder(tmp_path / "toy")
+    for place in ("a", "a-b", "a/x", "B"):
+        (tmp_path / "toy/train/class0000" / place).mkdir(exist_ok=True)
+        Image.fromarray(random_bytes(6, 5, 3)).save(
+            tmp_path / "toy/train/class0000" / place / "1.png"
+        )
+    data = load_data("imagefolder:toy", tmp_path)
+    listed = ImageFolder(tmp_path / "toy" / "train").samples
+    assert [label for _, label in listed] == data.train_labels.tolist()
+    for (file, _), image in zip(listed, data.train_images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)).transpose(2, 0, 1), image)
+
+
+def test_a_class_without_an_image_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "toy")
+    for split in ("train", "test"):
+        (tmp_path / "toy" / split / "nothing" / ".ipynb_checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"train.nothing holds no image.*each one is a class"
+    ):
+        load_data("imagefolder:toy", tmp_path)
 
 
 def test_a_grey_image_among_color_ones_gets_three_channels(tmp_path: Path) -> None:

@@ -438,6 +438,39 @@ def test_rows_that_lack_columns_and_foreign_files_are_refused(store: Path) -> No
         assert file.read_text() == text
 
 
+@pytest.mark.parametrize("at", ["the head", "the first row", "the last row", "a lone mark"])
+def test_a_file_with_the_marks_of_a_merge_is_refused_by_name(store: Path, at: str) -> None:
+    """A mark has one field, which pandas would take for a row of which the rest is empty."""
+    record(CHAPTER, [row("SM"), row("LS")], store)
+    file = store / "results" / f"{CHAPTER}.csv"
+    head, first, last = file.read_text().splitlines()
+    sides = {"ours": f"<<<<<<< HEAD\n{first}", "theirs": f"=======\n{first}\n>>>>>>> other"}
+    text = {
+        "the head": f"<<<<<<< HEAD\n{head}\n=======\n{head}\n>>>>>>> other\n{first}\n{last}\n",
+        "the first row": f"{head}\n{sides['ours']}\n{sides['theirs']}\n{last}\n",
+        "the last row": f"{head}\n{last}\n{sides['ours']}\n||||||| base\n{sides['theirs']}\n",
+        "a lone mark": f"{head}\n{first}\n{last}\n>>>>>>> other\n",
+    }[at]
+    file.write_text(text)
+    for use in (
+        lambda: record(CHAPTER, [row()], store),
+        lambda: best(CHAPTER, folder=store),
+        lambda: value(CHAPTER, "table1", "SM", "mnist fgsm 0.3", folder=store),
+    ):
+        with pytest.raises(ValueError, match=f"{file}"):
+            use()
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"], ids=["empty", "not text"])
+def test_a_file_that_is_no_table_is_refused_by_name(store: Path, content: bytes) -> None:
+    file = store / "results" / f"{CHAPTER}.csv"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is no table"):
+        best(CHAPTER, folder=store)
+
+
 def record_many(store: Path, names: list[str]) -> None:
     for name in names:
         record(CHAPTER, [row(name)], store)

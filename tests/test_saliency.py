@@ -110,6 +110,24 @@ def test_the_memory_of_the_search_is_bounded_in_the_worst_case() -> None:
     assert salient.all() and (pairs == pairs[0]).all()
 
 
+def test_the_pairs_of_a_photograph_are_compared_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that needs more than `PAIRS_OF_ONE` gets the same pair, a strip at a time."""
+    u = torch.linspace(2, 1, 3072).expand(3, -1)
+    draw = torch.Generator().manual_seed(0)
+    random = [torch.randn(20, 500, generator=draw) for _ in range(2)]
+    expected = [most_salient_pair(u, 3 - u), most_salient_pair(*random)]
+    for bound in (2**16, 1):
+        monkeypatch.setattr(saliency, "PAIRS_OF_ONE", bound)
+        found = [most_salient_pair(u, 3 - u) if bound > 1 else expected[0]]
+        found.append(most_salient_pair(*random))
+        for (pairs, salient), (pairs_0, salient_0) in zip(found, expected, strict=True):
+            assert torch.equal(pairs, pairs_0) and torch.equal(salient, salient_0)
+    monkeypatch.setattr(saliency, "PAIRS_OF_ONE", 2**16)
+    with Largest() as largest:
+        most_salient_pair(u, 3 - u)
+    assert largest.size <= max(2**16 * 8, 2 * u.numel() * 8)
+
+
 # The attack
 
 
@@ -260,6 +278,34 @@ def test_a_chunk_bounds_what_passes_through_the_model_and_the_finished_leave() -
     sizes.clear()
     jsma(model, x, y, target="next", gamma=0.5, chunk=40)
     assert sizes[0] == 40 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 20
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+@pytest.mark.parametrize("options", [{}, {"target": "next"}, {"output": "logits"}], ids=str)
+def test_no_more_than_a_chunk_passes_at_once_and_it_changes_nothing(
+    options: dict[str, Any], chunk: int, num_classes: int
+) -> None:
+    model, x, sizes = Linear(64, num_classes, scale=0.2), images(6), []
+    y = predicted(model, x)
+    whole = jsma(model, x, y, gamma=0.3, chunk=10_000, **options)
+    hook = model.register_forward_hook(lambda module, inputs, _: sizes.append(len(inputs[0])))
+    found = jsma(model, x, y, gamma=0.3, chunk=chunk, **options)
+    hook.remove()
+    assert max(sizes) <= chunk
+    assert torch.equal(found, whole)
+    assert "target" in options or (predicted(model, found) != y).any()
+
+
+def test_in_parts_the_fewest_steps_win_and_then_the_smallest_l2() -> None:
+    """Also where the best target is in the last part, and where the first part fools at all."""
+    model, x = Linear(64, 40, scale=0.2), images(12)
+    y = predicted(model, x)
+    whole = jsma(model, x, y, gamma=0.5, theta=0.1)
+    for chunk in (1, 5, 38):
+        assert torch.equal(jsma(model, x, y, gamma=0.5, theta=0.1, chunk=chunk), whole)
+    steps = ((whole - x).abs() > 1e-6).flatten(1).sum(dim=1)
+    assert len(steps.unique()) > 2  # they do not all take as many
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 1000])

@@ -4,9 +4,7 @@ What one attack could not fool, the next one gets: APGD on cross-entropy, APGD o
 difference of logits ratio, FAB-T, and Square, which sees no gradient.
 """
 
-import hashlib
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load, save
+from ..data import digest
+from ..identity import layers, weights
 from .apgd import Progress, ascend
 from .blackbox import square_search
 from .contract import Forward, attacking, check_count
@@ -116,7 +116,8 @@ def autoattack_report(
         run = {"eps": eps, "norm": norm, "version": version, "batch_size": batch_size, "seed": seed}
         done = _begin(x, len(attacks))
         if checkpoint is not None:
-            run["inputs"] = _digest([x, y, *model.state_dict().values()])
+            run |= {"images": digest([x]), "labels": digest([y]), "weights": weights(model)}
+            run |= {f"layer {name}": text for name, text in layers(model).items()}
             done = _resumed(checkpoint, run, done)
         stages = itertools.product(range(0, len(x), batch_size), range(len(attacks)))
         for stage, (first, k) in enumerate(stages):
@@ -188,13 +189,3 @@ def _resumed(file: str | Path, run: dict[str, Any], begin: dict[str, Any]) -> di
         return begin
     device = begin["x_adv"].device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved[0].items()}
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()[:16]

@@ -193,7 +193,7 @@ def _eta(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """η of Eq. 2: two bumps of opposite sign, one above the other; ‖η‖₂ = 1."""
     half = side // 2
     eta = torch.cat([_bump(half, side), -_bump(side - half, side)])
-    return (eta / eta.norm()).to(device, dtype)
+    return (eta / eta.norm()).to(dtype).to(device)  # not every device has float64
 
 
 def _bump(height: int, width: int) -> Tensor:

@@ -24,6 +24,7 @@ SHRINK = 0.9
 PATIENCE = 0.3
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8  # Adam's own
+LARGEST = 1e18  # what Adam can square in float32; beyond, its step has the learning rate's length
 LOOKS_AT_SEGMENT = 10  # our choice: to 0.2% of the distance
 
 
@@ -155,6 +156,7 @@ class _Search:
             x_best = torch.where(per_image(nearer), x_t, x_best)
 
             gradient = (2 * (x_t - x) + per_image(c) * slope) * (1 - tanh.square()) / 2
+            gradient = gradient.clamp(-LARGEST, LARGEST)
             m, v = m.lerp(gradient, 1 - BETA_1), v.lerp(gradient.square(), 1 - BETA_2)
             m_hat, v_hat = m / (1 - BETA_1**t), v / (1 - BETA_2**t)
             w = w - self.learning_rate * m_hat / (v_hat.sqrt() + EPSILON)

@@ -4,19 +4,24 @@ The faults that this file guards against are those that users of other libraries
 left in train mode, NaN logits counted as robustness, a range other than [0, 1].
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+FEWEST = 4  # classes of no image: as many as any loss needs
 
 
 @dataclass(eq=False)
 class Forward:
     """The checked forward pass that `attacking` hands out: images to logits (N, K).
 
+    The model is shown a copy, so what it does to the images in place stays there; of no image it is
+    not asked, since many cannot flatten none.
     Called, it runs under the caller's autocast: the pass to differentiate. `exact` runs in full
     precision whatever the caller asked for: the pass to judge by. Without autocast they are the
     same, and ``rounded`` is False. Both return float32, or float64 where the model computes in it.
@@ -30,7 +35,9 @@ class Forward:
     nan_gradients: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits = _checked_logits(self.model(images), len(images), self.num_labels)
+        if not len(images):
+            return images.sum(dim=(1, 2, 3))[:, None].expand(-1, max(FEWEST, self.num_labels))
+        logits = _checked_logits(self.model(images.clone()), len(images), self.num_labels)
         _note_most(self.nan_logits, logits)
         return logits
 
@@ -56,8 +63,16 @@ class Forward:
         return gradient.nan_to_num(nan=0.0)  # so that NaN logits are the model's own
 
 
-# What `asked_later` gathers: of each attack, what `_facts` says and the images with NaN.
-_LATER: ContextVar[list[Tensor] | None] = ContextVar("_LATER", default=None)
+@dataclass(eq=False)
+class _Later:
+    """What `asked_later` gathers: of each attack, what `_facts` says and the images with NaN; and
+    what `refuse_if` is to say."""
+
+    facts: list[Tensor] = field(default_factory=list)
+    refusals: dict[str, Tensor] = field(default_factory=dict)
+
+
+_LATER: ContextVar[_Later | None] = ContextVar("_LATER", default=None)
 
 
 @contextmanager
@@ -70,18 +85,33 @@ def asked_later() -> Iterator[None]:
     Raises
     ------
     ValueError
-        On exit, where `attacking` would have raised one.
+        On exit, where `attacking` or `refuse_if` would have raised one.
     """
-    later: list[Tensor] = []
+    later = _Later()
     token = _LATER.set(later)
     try:
         yield
     finally:
         _LATER.reset(token)
-    if later:
-        *facts, logits, gradients = torch.stack(later).amax(dim=0).tolist()
+    if later.facts:
+        worst = torch.stack(later.facts).amax(dim=0)
+        flags = [flag.to(worst)[None] for flag in later.refusals.values()]
+        answers = torch.cat([*flags, worst]).tolist()
+        for message in later.refusals:
+            if answers.pop(0):
+                raise ValueError(message)
+        *facts, logits, gradients = answers
         _raise_if_wrong(facts)
         _raise_if_nan(logits, gradients)
+
+
+def refuse_if(flag: Tensor, message: str) -> None:
+    """Raise a ValueError where `flag` () is true; on a GPU, inside `asked_later`, at its end."""
+    later = None if flag.device.type == "cpu" else _LATER.get()
+    if later is not None and later.facts:  # which are asked for in any case
+        later.refusals[message] = flag | later.refusals.get(message, flag)
+    elif flag:
+        raise ValueError(message)
 
 
 @contextmanager
@@ -139,7 +169,7 @@ def attacking(
             stack.enter_context(torch.autocast(x.device.type, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_held_still(model))
+        stack.enter_context(held_still(model))
         nan = torch.zeros(2, dtype=torch.int64, device=x.device)
         rounded = torch.is_autocast_enabled(x.device.type)
         try:
@@ -148,7 +178,28 @@ def attacking(
             if later is None:
                 _raise_if_nan(*nan.tolist())
             else:
-                later.append(torch.cat([facts, nan.to(facts)]))
+                later.facts.append(torch.cat([facts, nan.to(facts)]))
+
+
+def crafted(
+    attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor, **options
+) -> Tensor:
+    """What `attack` makes of copies of `x` and `y`, which stay as they are.
+
+    Raises
+    ------
+    ValueError
+        Unless it is a tensor like `x`: of its shape and dtype, on its device.
+    """
+    x_adv = attack(model, x.clone(), y.clone(), **options)
+    if not isinstance(x_adv, Tensor):
+        raise ValueError(f"the attack returned a {type(x_adv).__name__}, expected a tensor like x")
+    for what in ("shape", "dtype", "device"):
+        found, expected = (getattr(images, what) for images in (x_adv, x))
+        if found != expected:
+            found, expected = (tuple(v) if what == "shape" else v for v in (found, expected))
+            raise ValueError(f"the attack returned {what} {found}, expected {expected}")
+    return x_adv
 
 
 def _check_form(x: Tensor, y: Tensor | None, target: Tensor | None) -> None:
@@ -219,6 +270,16 @@ def _raise_if_nan(logits: float, gradients: float) -> None:
         )
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in float32, or in float64 where they are: to take a loss of, or a distance."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating type of `device`: float64, but float32 on Apple's, which has no wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def check_count(name: str, count: int) -> None:
     """Raise a ValueError unless `count` is an integer >= 1."""
     if count != int(count) or count < 1:
@@ -252,7 +313,7 @@ def _checked_logits(logits: Tensor, num_images: int, num_labels: int) -> Tensor:
             f"the model has {num_classes} classes, expected at least {max(2, num_labels)}"
             f"{f' for labels up to {num_labels - 1}' if num_labels > 2 else ''}"
         )
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return at_least_float32(logits)
 
 
 def _note_most(most: Tensor, values: Tensor) -> None:
@@ -260,17 +321,38 @@ def _note_most(most: Tensor, values: Tensor) -> None:
 
 
 @contextmanager
-def _held_still(model: nn.Module) -> Iterator[None]:
+def held_still(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode and its parameters without gradients; on exit all is as it was.
+
+    Inside, the weights of convolutions are in channels_last, if that changes nothing for the model.
+    """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    faster: dict[str, Any] = {"memory_format": torch.channels_last}
+    slow = [
+        (parameter, parameter.data)
+        for parameter, _, _ in parameters * indifferent(model)
+        if type(parameter) is nn.Parameter
+        and parameter.ndim == 4
+        and not parameter.is_contiguous(**faster)
+    ]
     try:
         model.eval()
         for parameter, _, _ in parameters:
             parameter.requires_grad_(False)
+        for parameter, data in slow:
+            parameter.data = data.contiguous(**faster)
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for parameter, data in slow:
+            parameter.data = data
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+def indifferent(model: nn.Module) -> bool:
+    """Whether it computes the same in every memory format, being made of layers that do."""
+    return all(type(m).__module__.startswith(("torch.nn.", "defenses.")) for m in model.modules())

@@ -7,8 +7,8 @@ Moosavi-Dezfooli, Fawzi & Frossard (2016), Alg. 2; the max-residue-ratio is Eq. 
 import torch
 from torch import Tensor, nn
 
-from .contract import Forward, attacking, check_count, relative_norm
-from .losses import fools
+from .contract import Forward, attacking, check_count, relative_norm, widest
+from .losses import fools, masked
 from .norms import per_image
 
 # Our choice: at a tie, or close to a boundary that bends away, a shorter step would get lost in the
@@ -83,7 +83,7 @@ def deepfool(
             if step == 0:
                 k_0 = f.argmax(dim=1)
                 classes = f.topk(min(candidates, f.shape[1]), dim=1).indices[:, 1:]
-                slopes = x.new_full(classes.shape, torch.inf, dtype=torch.float64)
+                slopes = x.new_full(classes.shape, torch.inf, dtype=widest(x.device))
                 left = torch.ones_like(k_0, dtype=torch.bool) if y is None else k_0 == y
             else:
                 left = ~fools(f, k_0)
@@ -115,7 +115,8 @@ def _to_nearest_boundary(
 
     `slopes` holds the ‖w'_k‖ last seen and is updated; classes that it puts too far are skipped.
     """
-    gaps = (f.gather(1, classes) - f.gather(1, k_0[:, None])).detach().abs()
+    f_k, f_0 = f.detach().gather(1, classes), f.detach().gather(1, k_0[:, None])
+    gaps = (f_k - f_0).abs().masked_fill(masked(f_k), torch.nan)  # which is below nothing
     guess, order = (gaps / slopes).sort(dim=1)  # all 0 in the first step: every class is looked at
     looks = (guess <= LOOK_AGAIN * guess[:, :1]).sum(dim=1) * left
     r_i, shortest = torch.zeros_like(x_i), torch.full_like(slopes[:, 0], torch.inf)
@@ -134,7 +135,7 @@ def _to_nearest_boundary(
         ends = torch.stack([classes[graph, k], k_0[graph]], dim=1)
         f_k, f_0 = f.gather(1, ends).unbind(dim=1)
         w_k = logits_of.gradient(f_k - f_0, x_g, keep_graph=True)
-        slope = torch.linalg.vector_norm(w_k, dim=(1, 2, 3), dtype=torch.float64)
+        slope = torch.linalg.vector_norm(w_k, dim=(1, 2, 3), dtype=slopes.dtype)
         distance = (f_k - f_0).detach().abs() / slope
         r_k = w_k / per_image(slope) * per_image(distance.clamp(min=SHORTEST_STEP))
         nearer = distance < shortest[graph]

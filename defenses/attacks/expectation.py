@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .contract import check_count
+from .contract import at_least_float32, check_count
 
 
 class Expectation(nn.Module):
@@ -22,7 +22,8 @@ class Expectation(nn.Module):
         self.model, self.samples = model, samples
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.model(x).float() for _ in range(self.samples)]).mean(dim=0)
+        samples = [at_least_float32(self.model(x.clone())) for _ in range(self.samples)]
+        return torch.stack(samples).mean(dim=0)
 
 
 def eot(attack: Callable[..., Tensor], samples: int = 20) -> Callable[..., Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .apgd import Progress
 from .contract import Forward, attacking, check_count
-from .losses import LEAD, fools, lead, runners_up
+from .losses import LEAD, fools, lead, masked, runners_up
 from .norms import check_norm, per_image, size
 
 ALPHA_MAX = 0.1  # the strongest pull towards the original image
@@ -92,7 +92,8 @@ def walk(
         x_0, label = x[rows], y[rows]
         logits = logits_of(x_i.requires_grad_())
         f = lead(logits, label, target[rows])
-        f = f - 2 * LEAD * torch.finfo(f.dtype).eps * logits.detach().abs().amax(dim=1)  # beyond
+        largest = logits.detach().abs().masked_fill(masked(logits), 0).amax(dim=1)
+        f = f - 2 * LEAD * torch.finfo(f.dtype).eps * largest  # beyond
         w = logits_of.gradient(f, x_i)
         state.spent[rows] += 1
         x_i, f = x_i.detach(), f.detach().to(x)
@@ -122,6 +123,9 @@ def to_hyperplane(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
     end at the t_i: sort these, find the piece on which c lies, and solve for t.
     """
     shape, x, w = x.shape, x.flatten(1), w.flatten(1)
+    # By a power of two, which rounds nothing: the squares of large weights would be infinite.
+    halvings = -torch.frexp(w.abs().amax(dim=1)).exponent.clamp(-100, 100)
+    w, c = torch.ldexp(w, halvings[:, None]), torch.ldexp(c, halvings)
     pull = w.abs()
     speed = (pull > 0).to(x) if norm == "linf" else pull
     direction = w.sign() * c.sign()[:, None]

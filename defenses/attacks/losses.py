@@ -34,7 +34,9 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
     Cross-entropy is softplus(m), and ∇CE = σ(m)·∇m with σ(m) > 0 a number for each image: the
     same order, the same direction and the same signs, with nothing that could round to zero.
     """
-    return _others(logits, y).logsumexp(dim=1) - _at(logits, y)
+    # Not −inf: where the model masks every other class, that would be a gradient of NaN.
+    others = logits.scatter(1, y[:, None], torch.finfo(logits.dtype).min)
+    return others.logsumexp(dim=1) - _at(logits, y)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -45,17 +47,21 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio: the margin over z_π1 − z_π3 (Croce & Hein, 2020, Eq. 6).
 
+    Where an image has fewer than 3 classes that are not `masked`, its margin.
+
     Raises
     ------
     ValueError
         With fewer than 3 classes: there is no third logit.
     """
     top = _top(logits, 3)
-    return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp(min=1e-12)
+    return margin(logits, y) / _spread(logits, y, top, top[:, 0] - top[:, 2])
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """(z_t − z_y) / (z_π1 − (z_π3 + z_π4)/2) (Croce & Hein, 2020, Eq. 7).
+
+    Where an image has fewer than 4 classes that are not `masked`, z_t − z_y.
 
     Raises
     ------
@@ -63,7 +69,8 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         With fewer than 4 classes: there is no fourth logit.
     """
     top = _top(logits, 4)
-    return lead(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
+    spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+    return lead(logits, y, target) / _spread(logits, y, top, spread)
 
 
 def fools(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
@@ -103,8 +110,31 @@ def lead(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def runners_up(logits: Tensor, y: Tensor, count: int) -> Tensor:
-    """The `count` highest classes other than `y`, or all of them, the highest first; (N, ≤ K−1)."""
-    return _others(logits, y).topk(min(count, logits.shape[1] - 1), dim=1).indices
+    """The `count` highest classes other than `y`, or all of them, the highest first; (N, ≤ K−1).
+
+    None of them is masked: see `unmasked`.
+    """
+    others = _others(logits, y)
+    return unmasked(others, others.topk(min(count, logits.shape[1] - 1), dim=1).indices)
+
+
+def unmasked(logits: Tensor, classes: Tensor) -> Tensor:
+    """`classes` (N, T) without those that are `masked`, in their order; (N, ≤ T).
+
+    An image with fewer than another one gets its first again; one that has none, any: nothing fools
+    there.
+    """
+    hidden = masked(logits.gather(1, classes))
+    counts = (~hidden).sum(dim=1)
+    classes = classes.gather(1, hidden.byte().argsort(dim=1, stable=True))
+    classes = classes[:, : max([1, *counts.tolist()])]
+    place = torch.arange(classes.shape[1], device=classes.device)
+    return torch.where(place < counts[:, None], classes, classes[:, :1])
+
+
+def masked(logits: Tensor) -> Tensor:
+    """Where a logit is −inf, or the lowest number: so models mask classes that they never say."""
+    return logits <= torch.finfo(logits.dtype).min
 
 
 LOSSES = {"ce": log_odds, "ce_textbook": cross_entropy, "margin": margin, "dlr": dlr}
@@ -156,7 +186,9 @@ def _of_callable(
     y: Tensor,
     target: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    value = loss(model, x, y) if target is None else -loss(model, x, target)
+    # As in `Forward`, what the loss does to its images and labels in place stays there.
+    label = y.clone() if target is None else target.clone()
+    value = loss(model, x.clone(), label) if target is None else -loss(model, x.clone(), label)
     if value.shape != y.shape:
         raise ValueError(
             f"the loss has shape {tuple(value.shape)}, expected {tuple(y.shape)}: one value an "
@@ -164,6 +196,12 @@ def _of_callable(
         )
     with torch.no_grad():
         return value, logits_of(x) if judged else value.new_empty(0)
+
+
+def _spread(logits: Tensor, y: Tensor, top: Tensor, spread: Tensor) -> Tensor:
+    """`spread`, or 1 where it or the numerator is infinite."""
+    infinite = masked(top[:, -1]) | masked(_at(logits, y))
+    return torch.where(infinite, 1, spread.clamp(min=1e-12))
 
 
 def _at(logits: Tensor, y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Papernot et al. (2016), Alg. 2 and 3. The map needs two sums of the Jacobian's K
 gradients do; and of all n(n − 1)/2 pairs of pixels, only those of a few pixels can be the best one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Literal
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Forward, attacking, check_count
-from .losses import fooled_at, fools
+from .contract import Forward, attacking, check_count, widest
+from .losses import fooled_at, fools, masked, unmasked
 from .norms import per_image
 
-# Our choice: pairs of pixels compared at once, 8 MiB for each tensor of them.
-PAIRS = 2**20
+# Our choice: pairs of pixels compared at once, 8 MiB for each tensor of them; and the most of an
+# image that needs more, 128 MiB. A photograph, every pixel of which is needed, would have 10¹⁰.
+PAIRS, PAIRS_OF_ONE = 2**20, 2**24
 
 # Our choice: a pixel that can move by less than this share of θ counts as 0 or 1. MNIST is full of
 # pixels at 253/255, on which the map would spend the budget; torchattacks leaves them out, too.
@@ -54,6 +56,7 @@ def jsma(
     target : Tensor or "next", optional
         Labels (N,) to reach; ``"next"`` is y + 1 mod K. Without it, all K − 1 targets run side by
         side until the image is misclassified: in the fewest steps, of these with the smallest L2.
+        A class whose logit at `x` is −inf is not among them, and ``"next"`` passes over it.
     pixels_per_step : int
         2 for the pairs of Alg. 3. 1 for single pixels, as in Jakubovitz & Giryes (2018), Sec. 4.3:
         with ``steps=80`` (MNIST) or 200 (CIFAR-10), and θ what they call ε (presumably).
@@ -66,7 +69,7 @@ def jsma(
         and, by report, the paper's experiments have it: the weaker, it reached 75% of the targets
         "next" instead of 90% on an MNIST network, at twice the cost.
     chunk : int
-        Images, or pairs of image and target, that pass through the model at once.
+        Images, or pairs of image and target, that pass through the model at once, at most.
 
     Returns
     -------
@@ -97,13 +100,16 @@ def jsma(
             if isinstance(target, Tensor):
                 t = target[rows, None]
             else:
-                others = torch.arange(1, 2 if target else logits.shape[1], device=x.device)
-                t = (y[rows, None] + others) % logits.shape[1]
+                others = torch.arange(1, logits.shape[1], device=x.device)
+                t = unmasked(logits, (y[rows, None] + others) % logits.shape[1])
+                t = t[:, :1] if target else t
             todo = ~fools(logits, y[rows], None if target is None else t[:, 0])
+            todo &= ~masked(logits.gather(1, t[:, :1])).squeeze(1)
             rows, t = rows[todo], t[todo]
             few = max(1, chunk // t.shape[1])
             for i, t_i in zip(rows.split(few), t.split(few), strict=True):
-                x_adv[i] = search.first_fooling(x_adv[i], y[i], t_i, steps, target is not None)
+                parts = t_i.split(chunk, dim=1)  # more than one: of a single image
+                x_adv[i] = search.first_of(x_adv[i], y[i], parts, steps, target is not None)
         return x_adv
 
 
@@ -129,9 +135,27 @@ class _Search:
     revisit: bool
     output: str
 
-    def first_fooling(self, x: Tensor, y: Tensor, t: Tensor, steps: int, targeted: bool) -> Tensor:
-        """Alg. 2 for every image and each of its T targets `t` (N, T), side by side."""
+    def first_of(
+        self, x: Tensor, y: Tensor, parts: Sequence[Tensor], steps: int, targeted: bool
+    ) -> Tensor:
+        """`first_fooling` over all parts of the targets: in the fewest steps, then the nearest."""
+        x_adv, step, l2 = self.first_fooling(x, y, parts[0], steps, targeted)
+        for t in parts[1:]:
+            most = int(min(steps, float(step)))
+            other, *how = self.first_fooling(x, y, t, most, targeted)
+            if [float(v) for v in how] < [float(step), float(l2)]:
+                x_adv, (step, l2) = other, how
+        return x_adv
+
+    def first_fooling(
+        self, x: Tensor, y: Tensor, t: Tensor, steps: int, targeted: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Alg. 2 for every image and each of its T targets `t` (N, T), side by side.
+
+        Returns what fooled first, after how many steps (N,) and at which L2 (N,); inf if nothing.
+        """
         x_adv, rows = x.clone(), torch.arange(len(x), device=x.device)
+        taken, l2 = x.new_full((2, len(x)), torch.inf)
         x_t = x[:, None].repeat(1, t.shape[1], 1, 1, 1)
         domain = torch.ones_like(x_t.flatten(2), dtype=torch.bool)  # Γ
         for step in range(steps + 1):
@@ -148,13 +172,15 @@ class _Search:
             size = (x_t - x[:, None]).flatten(2).norm(dim=2).masked_fill(~fooled, torch.inf)
             nearest = x_t[torch.arange(len(rows), device=x.device), size.argmin(dim=1)]
             x_adv[rows] = torch.where(per_image(done), nearest, x_adv[rows])
+            taken[rows], l2[rows] = torch.where(done, step, torch.inf).to(l2), size.amin(dim=1)
             if last:
                 break
             u, v = self._derivatives(images, logits, goal)
-            x_t, domain, salient = self._change(x_t, domain, u.view_as(domain), v.view_as(domain))
+            u, v = (s.reshape(domain.shape) for s in (u, v))
+            x_t, domain, salient = self._change(x_t, domain, u, v)
             left = (salient.any(dim=1) & ~done).nonzero().squeeze(1)
             rows, x, y, t, x_t, domain = (s[left] for s in (rows, x, y, t, x_t, domain))
-        return x_adv
+        return x_adv, taken, l2
 
     def _derivatives(self, images: Tensor, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """∂F_t/∂x and −Σ_{j≠t} ∂F_j/∂x, times the sign of θ."""
@@ -167,7 +193,8 @@ class _Search:
             return u, u
         f_t = logits.gather(1, t[:, None]).squeeze(1)
         u = self.logits_of.gradient(sign * f_t, images, keep_graph=True)
-        return u, self.logits_of.gradient(sign * (f_t - logits.sum(dim=1)), images)
+        total = logits.masked_fill(masked(logits), 0).sum(dim=1)
+        return u, self.logits_of.gradient(sign * (f_t - total), images)
 
     def _change(
         self, x_t: Tensor, domain: Tensor, u: Tensor, v: Tensor
@@ -187,7 +214,7 @@ class _Search:
 
 def most_salient_pixel(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The p with the highest u_p·v_p, both positive; result as in `most_salient_pair`."""
-    saliency = u.clamp(min=0).double() * v.clamp(min=0).double()
+    saliency = u.clamp(min=0).to(widest(u.device)) * v.clamp(min=0)
     p = saliency.argmax(dim=1, keepdim=True)
     return p, saliency.gather(1, p).squeeze(1) > 0
 
@@ -219,15 +246,18 @@ def most_salient_pair(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     row, place = needed.nonzero(as_tuple=True)
     slot = needed.cumsum(dim=1)[row, place] - 1
     width = int(slot.max()) + 1
-    u_c, v_c = u.new_full((2, len(u), width), -torch.inf, dtype=torch.float64)
-    u_c[row, slot], v_c[row, slot] = u[row, place].double(), v[row, place].double()
+    u_c, v_c = u.new_full((2, len(u), width), -torch.inf, dtype=widest(u.device))
+    u_c[row, slot], v_c[row, slot] = u[row, place].to(u_c), v[row, place].to(v_c)
     pixel = order.new_zeros(u_c.shape).index_put((row, slot), order[row, place])
-    best, salient = torch.zeros_like(order[:, 0]), torch.zeros_like(needed[:, 0])
+    best, highest = torch.zeros_like(order[:, 0]), torch.zeros_like(u_c[:, 0])
+    strip = min(width, max(1, PAIRS_OF_ONE // width))  # of the first pixels; mostly all
     for rows in torch.arange(len(u), device=u.device).split(max(1, PAIRS // width**2)):
-        alpha = u_c[rows, :, None] + u_c[rows, None, :]
-        minus_beta = v_c[rows, :, None] + v_c[rows, None, :]
-        allowed = (alpha > 0) & (minus_beta > 0)
-        saliency = torch.where(allowed, alpha * minus_beta, 0).triu(diagonal=1).flatten(1)
-        best[rows] = saliency.argmax(dim=1)
-        salient[rows] = saliency.gather(1, best[rows, None]).squeeze(1) > 0
-    return pixel.gather(1, torch.stack([best // width, best % width], dim=1)), salient
+        for first in range(0, width, strip):
+            alpha = u_c[rows, first : first + strip, None] + u_c[rows, None, :]
+            minus_beta = v_c[rows, first : first + strip, None] + v_c[rows, None, :]
+            allowed = (alpha > 0) & (minus_beta > 0)
+            saliency = torch.where(allowed, alpha * minus_beta, 0).triu(diagonal=1 + first)
+            value, pair = saliency.flatten(1).max(dim=1)
+            best[rows] = torch.where(value > highest[rows], first * width + pair, best[rows])
+            highest[rows] = torch.maximum(value, highest[rows])
+    return pixel.gather(1, torch.stack([best // width, best % width], dim=1)), highest > 0

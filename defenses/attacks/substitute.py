@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layout import check_last_batch
 from .contract import attacking, check_count
 
 Oracle = nn.Module | Callable[[Tensor], Tensor]
@@ -77,6 +78,8 @@ def train_substitute(
     y = _asked(oracle, x, batch_size)
     with attacking(substitute, x, y) as logits_of:
         logits_of.exact(x[:1])  # has it a class for each label?
+    for rho in range(rounds):
+        check_last_batch(substitute, x[:1], y[:1], len(x) * 2**rho, batch_size, _loss)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for rho in range(rounds):
@@ -89,9 +92,13 @@ def train_substitute(
             for _ in range(epochs):
                 for batch in torch.randperm(len(x), device=x.device).split(batch_size):
                     optimizer.zero_grad()
-                    F.cross_entropy(substitute(x[batch]), y[batch]).backward()
+                    _loss(substitute, x[batch], y[batch]).backward()
                     optimizer.step()
     return substitute.eval()
+
+
+def _loss(substitute: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(substitute(x), y)
 
 
 def _augmented(substitute: nn.Module, x: Tensor, y: Tensor, step: float) -> Tensor:
@@ -108,7 +115,7 @@ def _asked(oracle: Oracle, x: Tensor, batch_size: int) -> Tensor:
             with attacking(oracle, part) as logits_of:
                 y = logits_of.exact(part).argmax(dim=1)
         else:
-            y = oracle(part)
+            y = oracle(part.clone())
         if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != part.shape[:1]:
             raise ValueError(
                 f"the oracle returned {getattr(y, 'dtype', type(y).__name__)} of shape "
