@@ -177,13 +177,13 @@ def test_merging_keeps_clean_rows_and_what_happened_to_each_image(
     for row in stored.to_dict("records"):
         right = images[tuple(row[name] for name in outcomes.IDENTITY)]
         assert 100 * right.mean() == pytest.approx(float(row["value"])) and len(right) == 40
-    place = (CHAPTER, "table1", "SM", "mnist fgsm 0.1")
+    at = (CHAPTER, "table1", "SM", "mnist fgsm 0.1")
     where: dict[str, Any] = {"dataset": "digits", "folder": toy / "chapters"}
-    (seed, found), *more = outcomes.stored(*place, **where).items()
+    (seed, found), *more = outcomes.stored(*at, **where).items()
     assert (seed, found.n, more) == (0, 40, []) and found.images == stored["images"][0]
-    assert found.percent == pytest.approx(float(stored.set_index("column")["value"][place[-1]]))
+    assert found.percent == pytest.approx(float(stored.set_index("column")["value"][at[-1]]))
     with pytest.raises(ValueError, match="no image by image outcome"):
-        outcomes.stored(*place, protocol="paper", **where)
+        outcomes.stored(*at, protocol="paper", **where)
     frame = campaign.status([CHAPTER]).set_index("table")
     assert frame.loc[
         "table1", ["cells", "filled", "seeds", "rows", "changed", "dirty"]
