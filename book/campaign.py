@@ -219,9 +219,13 @@ def by_snakemake(todo: pd.DataFrame, options: argparse.Namespace) -> int:
     listed.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(ROOT), "--rerun-triggers", "mtime", "--keep-going", "--nolock"]
-    command += ["--rerun-incomplete", "--cores" if not options.executor else "--jobs"]
-    command += [str(options.jobs), "--config", f"plan={listed.resolve()}", f"gpus={options.gpus}"]
-    command += ["--executor", options.executor] if options.executor else []
+    threads = 2 if options.executor else max(1, (os.cpu_count() or 1) // options.jobs)
+    config = {"plan": listed.resolve(), "gpus": options.gpus, "threads": threads}
+    command += ["--rerun-incomplete", "--config", *(f"{key}={config[key]}" for key in config)]
+    if options.executor:
+        command += ["--jobs", str(options.jobs), "--executor", options.executor]
+    else:
+        command += ["--cores", str(options.jobs * threads)]
     command += ["--quiet", "rules", *options.snakemake]
     try:
         return int(_within(command, options, 0) or 0)

@@ -25,9 +25,8 @@ for place, job in enumerate(JOBS):
         params:
             words=[sys.executable, *job["command"]],
         priority: len(JOBS) - place
-        threads: 1
+        threads: int(config["threads"])
         resources:
-            cpus_per_task=2,
             mem_mb=8000,
             gpu=int(config.get("gpus", 0)),
         shell:

@@ -22,6 +22,7 @@ from jupytext.compare import NotebookDifference, compare_notebooks
 from nbformat import NotebookNode
 
 from book import address, execute
+from tests import budget
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -140,13 +141,13 @@ def has_one_address(path: Path) -> None:
     assert set(found) <= {address.slug(ROOT)}, f"{path.name} spells out {found}: run `make sync`"
 
 
-def repeats(path: Path) -> None:
+def repeats(path: Path, **environment: str) -> None:
     """Run the notebook where it lies, in a kernel of its own; compare with what it stores."""
     command = [sys.executable, "-m", "pytest", "-p", "nbval.plugin", "-p", "tests.comparison"]
     command += ["-p", "no:cacheprovider", "-q", "--color=no", "--rootdir", str(path.parent)]
     command += ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg"]
     alone = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    alone["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none but the two named above
+    alone |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment  # none but the two named above
     run = subprocess.run([*command, str(path)], cwd=ROOT, env=alone, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
@@ -238,7 +239,8 @@ def clone(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @every_notebook
 def test_outputs_repeat(path: Path, clone: Path) -> None:
-    repeats(clone / path.relative_to(ROOT))
+    repeats(clone / path.relative_to(ROOT), **budget.counting(clone / "count"))
+    budget.keeps_its_budget(path.stem, budget.counted(clone / "count"))
 
 
 # Every notebook's code is read for what a script lacks (`is_plain_python`, and mypy above). To run
