@@ -208,7 +208,8 @@ def test_the_divergence_is_that_of_the_definition() -> None:
     p, q = z.softmax(1), (z + d).softmax(1)
     expected = (p * (p / q).log()).sum(1)
     torch.testing.assert_close(divergence(z, z + d).double(), expected, atol=1e-5, rtol=1e-4)
-    assert divergence(z, z + d).dtype == torch.float32  # as every loss of this book
+    assert divergence(z, z + d).dtype == torch.float64  # as they are given
+    assert divergence(z.half(), (z + d).half()).dtype == torch.float32
     assert torch.equal(divergence(z.bfloat16(), (z + d).bfloat16()).isfinite(), torch.ones(50) > 0)
 
 

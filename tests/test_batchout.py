@@ -442,7 +442,7 @@ def test_mixup_is_cross_entropy_with_soft_labels_behind_the_mixed_features(
         h = share * h + (1 - share) * h[R] if cut[-1] == len(model) else h
         soft = share * labels + (1 - share) * labels[R]
         expected = -(soft * h.log_softmax(dim=1)).sum(dim=1).mean()
-        torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
         weights = [*model.parameters()]
         for a, b in zip(*(torch.autograd.grad(v, weights) for v in (ours, expected)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

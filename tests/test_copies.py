@@ -121,7 +121,8 @@ def test_layers_that_work_in_place_are_looked_at_without_a_trace(
     unchanged: tuple[Tensor, Tensor],
 ) -> None:
     def with_relu(inplace: bool) -> nn.Sequential:
-        return nn.Sequential(nn.ReLU(inplace), *network()[:1], nn.ReLU(inplace), *network()[2:])
+        first = nn.Threshold(0.3, 0.0, inplace)
+        return nn.Sequential(first, *network()[:1], nn.ReLU(inplace), *network()[2:])
 
     x, _ = unchanged
     shifted = (x - 0.5).requires_grad_(False)

@@ -404,7 +404,7 @@ def test_without_taps_it_is_cross_entropy() -> None:
     for a, b in zip(*(torch.autograd.grad(v, weights) for v in values), strict=True):
         torch.testing.assert_close(a, b)
     exact = joint(model.double(), x.double(), y)
-    assert exact.shape == (6,) and exact.dtype == torch.float32
+    assert exact.shape == (6,) and exact.dtype == torch.float64
 
 
 # Training, stopped and resumed

@@ -328,7 +328,9 @@ class Counting(nn.Module):
         self.count = int(state["count"] if isinstance(state, dict) else state)
 
 
-@pytest.mark.parametrize("kind", [int, torch.tensor, lambda n: {"count": n}], ids=["int", "tensor", "dict"])
+@pytest.mark.parametrize(
+    "kind", [int, torch.tensor, lambda n: {"count": n}], ids=["int", "tensor", "dict"]
+)
 def test_extra_state_is_kept(kind: Any, tmp_path: Path) -> None:
     whole = Counting(kind)
     run(None, 3, model=whole)

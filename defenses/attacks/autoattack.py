@@ -116,7 +116,8 @@ def autoattack_report(
         run = {"eps": eps, "norm": norm, "version": version, "batch_size": batch_size, "seed": seed}
         done = _begin(x, len(attacks))
         if checkpoint is not None:
-            run |= {"images": digest([x]), "labels": digest([y]), "weights": weights(model)}
+            run |= {"inputs: images": digest([x]), "inputs: labels": digest([y])}
+            run |= {"inputs: weights": weights(model)}
             run |= {f"layer {name}": text for name, text in layers(model).items()}
             done = _resumed(checkpoint, run, done)
         stages = itertools.product(range(0, len(x), batch_size), range(len(attacks)))
