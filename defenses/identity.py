@@ -22,9 +22,9 @@ def described(thing: Any, known: Mapping[int, str] | None = None) -> str:
     """`thing` in words, with all the values that it holds.
 
     A function is its name and, where it cannot be imported by that, its defaults and the values
-    of its closure; unless it is PyTorch's or this package's, also its code and the globals that it
-    reads. Tensors and arrays are checksums; of any other object it is the class and its
-    attributes. Nothing is called or drawn from.
+    of its closure; unless it is PyTorch's or this package's, also its code and the values and
+    functions that it reads from its module. Tensors and arrays are checksums; of any other object
+    it is the class and its attributes. Nothing is called or drawn from.
 
     Parameters
     ----------
@@ -105,8 +105,20 @@ def _function(f: types.FunctionType, known: dict[int, str]) -> str:
     if module.startswith(("torch.", "defenses.")):
         return f"{name}({_named(held, known)})"
     read = {k: f.__globals__[k] for k in _globals(f.__code__) if k in f.__globals__}
-    held |= {k: v for k, v in read.items() if not isinstance(v, types.ModuleType)}
+    read = {k: v for k, v in read.items() if not isinstance(v, types.ModuleType)}
+    held |= {k: v if _is_value(v) else type(v) for k, v in read.items()}
     return f"{name}({_named(held, known)}) #{_code(f.__code__)}"
+
+
+def _is_value(thing: Any) -> bool:
+    """Whether a global is a value or a function; others, such as a run that counts, may change."""
+    if isinstance(thing, Mapping):
+        return all(map(_is_value, thing.values()))
+    if isinstance(thing, list | tuple | set | frozenset):
+        return all(map(_is_value, thing))
+    functions = types.FunctionType | types.BuiltinFunctionType | type | functools.partial
+    values = bool | int | float | complex | str | bytes | Tensor | np.ndarray | np.generic
+    return thing is None or isinstance(thing, values | functions)
 
 
 def _importable(thing: Any) -> bool:
@@ -124,7 +136,7 @@ def _globals(code: types.CodeType) -> Collection[str]:
 
 
 def _code(code: types.CodeType) -> str:
-    constants = [c for c in code.co_consts if not isinstance(c, types.CodeType)]
+    constants = [_words(c, {}) for c in code.co_consts if not isinstance(c, types.CodeType)]
     parts = [code.co_code, repr((constants, code.co_names)).encode()]
     return _crc(b"".join([*parts, *(_code(inner).encode() for inner in _inner(code))]))
 

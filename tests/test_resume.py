@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -481,6 +484,52 @@ def test_a_function_of_another_body_is_another_loss(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"another run.*loss was"):
             run(tmp_path / "a.pt", 3, loss=other)
+
+
+class Counter:
+    """What a notebook may hold beside its functions: something that changes while it runs."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+
+COUNTER, NETWORKS = Counter(), {"one": network()}
+
+
+def test_a_loss_that_looks_at_what_changes_in_its_notebook_is_the_same(tmp_path: Path) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        COUNTER.seen += len(NETWORKS) + ("a" in {"a", "b", "c"})
+        return cross_entropy(model, x, y)
+
+    run(tmp_path / "a.pt", 1, loss=loss)
+    NETWORKS["another"] = network()
+    run(tmp_path / "a.pt", 2, loss=loss)
+    assert COUNTER.seen
+
+
+def test_words_are_the_same_in_another_process() -> None:
+    """Whatever the order of sets there, and wherever its objects lie."""
+    code = """
+from functools import partial
+from defenses.adversarial import adversarial, mixed_batch
+from defenses.attacks import pgd
+from defenses.identity import described
+N, NAMES = 3, {"red", "green", "blue"}
+def half(model, x, y): return x if N in {"a", "b", "c"} else y
+class Own:
+    def __init__(self): self.names, self.half = NAMES, half
+attack = adversarial(partial(pgd, eps=0.1))
+print(described([half, attack, mixed_batch(half), Own(), lambda x: x + N]))
+"""
+    command = [sys.executable, "-c", code]
+    said = {
+        subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    (text,) = said
+    assert b"half" in text and b" at 0x" not in text
 
 
 def test_a_loss_that_knows_its_model_is_the_same_however_the_model_starts(tmp_path: Path) -> None:
