@@ -369,6 +369,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(words)
     if rest and not options.executor:
         parser.error(f"unknown: {' '.join(rest)} (words for Snakemake need --executor)")
+    if options.executor and (options.loop or not find_spec("snakemake")):
+        parser.error("--executor is Snakemake's: no --loop, and pip install -e '.[sweep]'")
     options.snakemake, options.results = rest, options.results.resolve()
     return options
 

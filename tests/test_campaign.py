@@ -230,3 +230,13 @@ def test_what_needs_several_networks_waits_for_those_of_its_own_kind() -> None:
     assert all(one.feeds(unit("transfer")) for one in feeds)
     assert not unit("transfer").feeds(unit("transfer"))
     assert not unit("SM", seed=1).feeds(unit("transfer"))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_engine_that_cannot_run_is_said_and_not_replaced(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(campaign, "find_spec", lambda name: installed or None)
+    with pytest.raises(SystemExit):
+        campaign.main(["results", "--executor", "slurm", *["--loop"] * installed])
+    assert "--executor is Snakemake's" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.test_campaign import ROOT, numbers
 
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons, off a user's path
 MISSING = [name for name in ("munged", "slurmctld", "slurmd") if not shutil.which(name, path=SBIN)]
+PLUGIN = "snakemake_executor_plugin_slurm"
 CONFIGURATION = """\
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
@@ -52,6 +54,7 @@ PartitionName=book Nodes=ALL Default=YES
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}: apt-get install slurm-wlm munge"),
+    pytest.mark.skipif(not find_spec(PLUGIN), reason=f"no {PLUGIN}: pip install it"),
 ]
 
 
