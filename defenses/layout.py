@@ -29,9 +29,7 @@ class Taken:
 
     def of(self, x: Tensor) -> Tensor:
         """Images `x` in this form."""
-        # PyTorch calls an image of one channel contiguous whatever its strides: only a copy helps.
-        copy = self.memory_format == torch.contiguous_format
-        return x.to(self.device, copy=copy, **self.form)
+        return x.to(self.device, **self.form)
 
 
 def taken_by(model: nn.Module, images: Tensor) -> Taken:
@@ -49,6 +47,11 @@ def taken_by(model: nn.Module, images: Tensor) -> Taken:
     dtype = dtype if dtype == torch.float64 else torch.float32
     allowed = indifferent(model) or _says_the_same(model, to_float(images[:2], dtype).to(device))
     return Taken(device, dtype, torch.channels_last if allowed else torch.contiguous_format)
+
+
+def own(function: Callable[..., Any]) -> bool:
+    """Whether it is a function of this package, which takes images in any memory format."""
+    return (getattr(function, "__module__", None) or "").startswith("defenses.")
 
 
 @contextmanager

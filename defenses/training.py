@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from defenses.attacks.contract import asked_later, at_least_float32
 from defenses.data import ImageData, batches, digest
-from defenses.layout import Taken, check_last_batch, shown, taken_by
+from defenses.layout import check_last_batch, own, shown, taken_by
 from defenses.resume import Resumable
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -73,10 +73,11 @@ def fit(
     ----------
     model : Module
         Maps images (N, C, H, W) in [0, 1] to logits (N, K). Moved to the data's device. Its dtype,
-        float64 too, and its memory format stay; it gets images in channels_last where it takes
-        them so.
+        float64 too, and its memory format are afterwards what they were; meanwhile it is in
+        channels_last where it allows that.
     loss : callable (model, x, y) -> scalar
-        The objective; a defense that changes the objective is such a function.
+        The objective; a defense that changes the objective is such a function. Unless it is one of
+        this package it gets contiguous images, and so does an augmentation.
     optimizer : Optimizer, optional
         SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4 by default.
     schedule : LRScheduler, optional
@@ -140,7 +141,9 @@ def fit(
         torch.manual_seed(1_000_003 * seed + epoch)
         generator = torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
         for x, y in batches(images, labels, batch_size, generator, **taken.form):
-            yield (x if augment is None else _augmented(augment, x, generator, taken)), y
+            if augment is not None:
+                x = taken.of(_augmented(augment, x, generator))
+            yield x if own(loss) else x.contiguous(), y
 
     cuda = [device] if device.type == "cuda" else []
     deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
@@ -275,9 +278,8 @@ def _augmented(
     augment: Callable[[Tensor, torch.Generator], Tensor],
     x: Tensor,
     generator: torch.Generator,
-    taken: Taken,
 ) -> Tensor:
-    dtype, x = x.dtype, augment(x, generator)
-    if x.dtype != dtype:
-        raise ValueError(f"augment returned {x.dtype}, expected {dtype}, in which it was given")
-    return taken.of(x)
+    augmented = augment(x if own(augment) else x.contiguous(), generator)
+    if augmented.dtype != x.dtype:
+        raise ValueError(f"augment returned {augmented.dtype}, expected {x.dtype}, as it was given")
+    return augmented

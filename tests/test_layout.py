@@ -183,6 +183,36 @@ def test_a_model_that_needs_channels_last_gets_it() -> None:
     fit(model, ImageData("random", x, y, x, y, tuple("abcde")), epochs=1, progress=False)
 
 
+def viewing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """An attack as many write it: a step along the gradient, whose length a view measures."""
+    x = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    length = gradient.view(len(x), -1).norm(dim=1)
+    return (
+        (x + 0.5 * gradient / length[:, None, None, None]).view(len(x), -1).view_as(x).clamp(0, 1)
+    )
+
+
+@pytest.mark.parametrize("kind", [plain, Viewed])
+def test_an_attack_a_loss_and_an_augmentation_may_look_at_images_by_a_view(kind: Any) -> None:
+    model = made(kind)
+    both = data(model)
+    lost = model(viewing(model, both.test_images / 255, both.test_labels)).argmax(1)
+    for _ in range(2):  # before and after a training that changes nothing
+        accuracy = evaluate(model, both.test, viewing)
+        assert torch.equal(accuracy.correct, lost == both.test_labels)
+        assert perturbations(model, both.test, viewing).l2.max() < 0.51
+
+        def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(model, x, y) + 0 * x.view(len(x), -1).mean()
+
+        def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+            return x.view(len(x), -1).view(len(x), 3, 8, 8)
+
+        how: dict[str, Any] = {"loss": loss, "augment": augment, "progress": False}
+        fit(model, both, epochs=1, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), **how)
+
+
 @pytest.mark.parametrize("inputs", LAYOUTS, ids=str)
 @every_attack
 def test_every_attack_keeps_the_form_of_the_images(attack: Attack, inputs: Any) -> None:
@@ -420,6 +450,7 @@ def test_a_device_without_float64_measures_in_float32(monkeypatch: pytest.Monkey
     for attack in (
         attacks.deepfool,
         partial(attacks.jsma, gamma=0.2),
+        partial(attacks.jsma, gamma=0.2, pixels_per_step=1),
         partial(attacks.fab, steps=3),
         partial(attacks.carlini_wagner, steps=5, binary_search_steps=1),
     ):

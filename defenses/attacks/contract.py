@@ -184,14 +184,16 @@ def attacking(
 def crafted(
     attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor, **options
 ) -> Tensor:
-    """What `attack` makes of copies of `x` and `y`, which stay as they are.
+    """What `attack` makes of copies of `x` and `y`, which stay as they are; in the format of `x`.
+
+    The copies are contiguous: an attack may look at them by a ``view``.
 
     Raises
     ------
     ValueError
         Unless it is a tensor like `x`: of its shape and dtype, on its device.
     """
-    x_adv = attack(model, x.clone(), y.clone(), **options)
+    x_adv = attack(model, x.clone(memory_format=torch.contiguous_format), y.clone(), **options)
     if not isinstance(x_adv, Tensor):
         raise ValueError(f"the attack returned a {type(x_adv).__name__}, expected a tensor like x")
     for what in ("shape", "dtype", "device"):
@@ -199,7 +201,7 @@ def crafted(
         if found != expected:
             found, expected = (tuple(v) if what == "shape" else v for v in (found, expected))
             raise ValueError(f"the attack returned {what} {found}, expected {expected}")
-    return x_adv
+    return x_adv if x_adv.stride() == x.stride() else torch.empty_like(x).copy_(x_adv)
 
 
 def _check_form(x: Tensor, y: Tensor | None, target: Tensor | None) -> None:
