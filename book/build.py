@@ -21,6 +21,8 @@ import nbformat
 import papermill
 import yaml
 
+from defenses.claims import answer
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -49,6 +51,7 @@ def stage(root: Path, source: Path) -> None:
     for name in ("book", "chapters"):
         ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.py")
         shutil.copytree(root / name, source / name, ignore=ignore)
+    (source / "book" / "answer.md").write_text(answer(source / "chapters"), encoding="utf-8")
 
 
 def run(notebook: Path, result: Path, **parameters: object) -> None:

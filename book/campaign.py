@@ -353,7 +353,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])  # type: ignore
     parser.add_argument("verb", choices=["plan", "results", "unit", "merge", "status"])
     parser.add_argument("only", nargs="?", default="", help="the network of a unit")
-    known = sorted(file.stem for file in (CHAPTERS / "paper").glob("*.csv"))
+    known = sorted(file.stem for file in CHAPTERS.glob("*.ipynb"))
     parser.add_argument("--chapters", nargs="*", choices=known, default=known, metavar="NAME")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="short")
     parser.add_argument("--dataset", default="", help="empty: mnist, or digits at quick")

@@ -1,14 +1,17 @@
 """One criterion for every defense: what is left of it, against what is claimed and its twin."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from scipy.special import bdtr
+from scipy.special import bdtr, ndtri
 
 from .evaluation import Accuracy
 
 MARGIN = 5.0  # percentage points: what counts as a difference that matters
+SAME = ("n", "images", "protocol", "dataset", "seed")  # what makes two rows comparable
 LEVEL = 0.01  # of the paired test, before it is divided by the number of comparisons
 
 
@@ -48,6 +51,30 @@ def paired(a: Accuracy, b: Accuracy) -> float:
     only_a = int((a.correct & ~b.correct).sum())
     only_b = int((b.correct & ~a.correct).sum())
     return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def difference(
+    a: Any, b: Any, *, factor: float = 1.0, among: int = 1, same: bool = True
+) -> tuple[float, float]:
+    """The interval of ``a - factor * b`` at 99%, for one of `among` comparisons (Bonferroni).
+
+    `a` and `b` are stored rows: a value and its 95% interval, of whose sides the wider interval is
+    made as of independent normal errors. On the same images the errors go together, so that this
+    is on the safe side of a paired test.
+
+    Raises
+    ------
+    ValueError
+        `same` is asked, and the two differ in n, images, protocol, data set or seeds.
+    """
+    if same and (other := [name for name in SAME if getattr(a, name) != getattr(b, name)]):
+        what = ", ".join(f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in other)
+        raise ValueError(f"two rows that cannot be compared: {what}")
+    wider = float(ndtri(1 - LEVEL / 2 / among) / ndtri(0.975))
+    middle = a.value - factor * b.value
+    down = math.hypot(a.value - a.ci_low, factor * (b.ci_high - b.value))
+    up = math.hypot(a.ci_high - a.value, factor * (b.value - b.ci_low))
+    return middle - wider * down, middle + wider * up
 
 
 def judge(

@@ -1,0 +1,153 @@
+"""What the sources claim, and what the stored rows say about it: `chapters/paper/claims.toml`."""
+
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from .prose import Prose
+from .results import KEY, best, chapters_folder, printed
+from .yardstick import MARGIN, difference
+
+ALIKE = 1.0  # percentage points within which two accuracies count as one
+ANSWERS = ["as measured there", "attacked harder"]
+WORDS = {True: "✓ yes", False: "✗ **no**", None: "? open"}
+TEST = re.compile(r"(.+?) (>=|>|<|~) (?:([\d.]+) )?([\w.]+)")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a source, the rows that answer it, and the tests that they have to pass.
+
+    `at` gives rows a name, ``"table / row / column"`` or ``"… / metric"``, with ``"paper: "`` for
+    what the paper prints and another chapter's name for what that one measured. A test of
+    `reproduced`, the source's own comparison, or of `holds`, what the source did not run, is
+    ``"a > b"`` or ``"a < b"`` (apart at 99%, divided by the tests of its list), ``"a >= b"`` (at
+    most `MARGIN` below) or ``"a ~ b"`` (within `ALIKE`); a number may stand for `b`, or before it
+    as its factor.
+    """
+
+    chapter: str
+    quote: str
+    where: str
+    anchor: str
+    at: Mapping[str, str]
+    evidence: str
+    reproduced: Sequence[str] = ()
+    holds: Sequence[str] = ()
+
+    @cached_property
+    def rows(self) -> dict[str, Any]:
+        return {name: _row(self.chapter, place) for name, place in self.at.items()}
+
+    def answer(self, tests: Sequence[str]) -> bool | None:
+        """Whether all tests are passed; None where some are not decided, and none is failed."""
+        answers = [self._passed(test, len(tests)) for test in tests]
+        return False if False in answers else None if None in answers else True
+
+    def _passed(self, test: str, among: int) -> bool | None:
+        if not (parts := TEST.fullmatch(test)):
+            raise ValueError(f"{self.quote!r}: cannot read the test {test!r}")
+        left, sign, factor, right = parts.groups()
+        a, b = self.rows[left], self.rows.get(right)
+        if b is None:
+            b = SimpleNamespace(value=float(right), ci_low=float(right), ci_high=float(right))
+        same = sign != ">=" and hasattr(b, "seed")
+        low, high = difference(a, b, factor=float(factor or 1), among=among, same=same)
+        if sign == ">=":
+            return a.value - b.value >= -MARGIN
+        if sign == "~":
+            return _decided(low > -ALIKE and high < ALIKE, high < -ALIKE or low > ALIKE)
+        return _decided(low > 0, high < 0) if sign == ">" else _decided(high < 0, low > 0)
+
+    def sentence(self) -> str:
+        """The evidence, with its numbers and how they were measured."""
+        texts = {name: _text(row, self.at[name]) for name, row in self.rows.items()}
+        ours = [row for row in self.rows.values() if hasattr(row, "seed")]
+        n = sorted({int(row.n) for row in ours if row.n > 1})
+        how = f"n = {n[0]:,}" + (f" to {n[-1]:,}" if len(n) > 1 else "") + "; " if n else ""
+        seeds = sorted({seed for row in ours for seed in str(row.seed).split()})
+        protocols = ", ".join(dict.fromkeys(f"{row.protocol} on {row.dataset}" for row in ours))
+        how += f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; {protocols}"
+        return f"{self.evidence.format_map(texts)} ({how})"
+
+
+def claims(chapter: str, folder: str | Path | None = None) -> list[Claim]:
+    """The claims of one source, in the order of the file."""
+    file = chapters_folder(chapter, folder) / "paper" / "claims.toml"
+    found = tomllib.loads(file.read_text(encoding="utf-8")).get(chapter, [])
+    return [Claim(chapter, **each) for each in found]
+
+
+def table(chapter: str, notebook: str = "") -> Prose:
+    """The claims of one source, each with both answers and its evidence, as a Markdown table.
+
+    `notebook` is the path of the chapter from the page that shows the table; "": it is that page.
+    """
+    rows = [
+        [_quoted(each), *_answers(each), f"{each.sentence()} [→]({notebook}#{each.anchor})"]
+        for each in claims(chapter)
+    ]
+    return _markdown(["claim", *ANSWERS, "what our rows say"], rows)
+
+
+def answer(folder: str | Path) -> Prose:
+    """The main claim of each source, with both answers: the front page's table."""
+    rows = []
+    for notebook in _sources(folder):
+        title = re.search("^# (.+)", notebook.with_suffix(".md").read_text("utf-8"), re.M)
+        head, link = claims(notebook.stem, folder)[0], f"../chapters/{notebook.name}"
+        rows.append(
+            [f"[{title[1] if title else notebook.stem}]({link})", _quoted(head), *_answers(head)]
+        )
+    return _markdown(["source", "its main claim", *ANSWERS], rows)
+
+
+def _sources(folder: str | Path) -> list[Path]:
+    text = Path(folder, "paper", "claims.toml").read_text(encoding="utf-8")
+    return [Path(folder, f"{chapter}.ipynb") for chapter in tomllib.loads(text)]
+
+
+def _quoted(each: Claim) -> str:
+    return f"“{each.quote}” ({each.where})"
+
+
+def _answers(each: Claim) -> list[str]:
+    return [WORDS[each.answer(tests)] if tests else "–" for tests in (each.reproduced, each.holds)]
+
+
+def _markdown(heads: list[str], rows: list[list[str]]) -> Prose:
+    lines = [heads, ["---"] * len(heads), *rows]
+    texts = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    return Prose("\n".join(f"| {text} |" for text in texts))
+
+
+def _row(chapter: str, place: str) -> Any:
+    source, _, rest = place.rpartition(": ")
+    chapter = source if source not in ("", "paper") else chapter
+    parts = rest.split(" / ")
+    key = [*parts, *["accuracy"] * (4 - len(parts))]
+    frame = printed(chapter) if source == "paper" else best(chapter)
+    found = frame[(frame[KEY] == key).all(axis=1)]
+    if len(found) != 1:
+        raise ValueError(f"{chapter} has {len(found)} rows at {place!r}, expected one")
+    row = SimpleNamespace(**found.iloc[0].to_dict())
+    if source == "paper" or math.isnan(row.ci_low):  # what has no interval is taken as it is
+        row.ci_low = row.ci_high = row.value
+    return row
+
+
+def _decided(yes: bool, no: bool) -> bool | None:
+    return True if yes else False if no else None
+
+
+def _text(row: Any, place: str) -> str:
+    if place.startswith("paper: "):
+        return row.printed + "%" * (row.metric == "accuracy")
+    share = row.metric in ("accuracy", "share")
+    return f"{row.value:.1f}%" if share else f"{row.value:.3g}"

@@ -1,0 +1,141 @@
+"""The claims of the sources: the tests behind each answer, and the book's own file of them."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import arange
+
+from defenses import claims, results
+from defenses.evaluation import Accuracy
+from defenses.results import measure, record
+from defenses.yardstick import LEVEL, difference, paired
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [path.stem for path in claims._sources(ROOT / "chapters")]
+ALL = [each for chapter in SOURCES for each in claims.claims(chapter)]
+RIGHT = {"a": 900, "same": 899, "b": 700, "near": 872, "none": 0}
+
+
+def accuracy(right: int, n: int) -> Accuracy:
+    return Accuracy(arange(n) < right, images="i")
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of chapters with one source, whose rows are `RIGHT` of 1,000 images."""
+    (tmp_path / "paper").mkdir()
+    heads = "table,row,column,metric,value,dataset,note\n"
+    (tmp_path / "paper" / "toy.csv").write_text(heads + "t,a,x,accuracy,94.5,mnist,\n")
+    how: dict[str, Any] = {"protocol": "short", "dataset": "mnist", "device": "cpu", "seed": 0}
+    rows = []
+    for name, count in RIGHT.items():
+        kept = accuracy(count, 1000)
+        ci = (100 * kept.ci[0], 100 * kept.ci[1])
+        place = ("t", name, "x", "accuracy")
+        rows.append(measure(*place, kept.percent, n=1000, ci=ci, seconds=1.0, images="i", **how))
+    rows.append(measure("t", "few", "x", "accuracy", 50.0, n=10, ci=(20, 80), seconds=1.0, **how))
+    rows.append(measure("t", "time", "x", "ratio", 1.5, n=1, seconds=1.0, **how))
+    record("toy", rows, tmp_path)
+    for module in (results, claims):
+        monkeypatch.setattr(module, "chapters_folder", lambda *_: tmp_path)
+    return tmp_path
+
+
+def claim(*tests: str, **at: str) -> claims.Claim:
+    names = {name: f"t / {name} / x" for name in [*RIGHT, "few"]}
+    names |= {"time": "t / time / x / ratio", "printed": "paper: t / a / x"}
+    return claims.Claim("toy", "quote", "here", "there", names | at, "{a} of {printed}", tests)
+
+
+@pytest.mark.parametrize(
+    ("tests", "expected"),
+    [
+        (["a > b"], True),
+        (["b > a"], False),
+        (["b < a"], True),
+        (["a > same"], None),
+        (["a < same"], None),
+        (["a > 50"], True),
+        (["a > 90"], None),
+        (["a < 50"], False),
+        (["a ~ b"], False),
+        (["a ~ a"], None),  # a thousand images do not decide about one point
+        (["none ~ none"], True),
+        (["a >= printed"], True),  # 4.5 points below what is printed
+        (["b >= printed"], False),
+        (["time < 1.05"], False),
+        (["time > 1.05"], True),
+        (["a > 2 b"], False),
+        (["a > 1.2 b"], True),
+        (["a > b", "a > same"], None),
+        (["a > b", "b > a", "a > same"], False),
+        (["a > near"], None),
+    ],
+)
+def test_an_answer_is_what_its_tests_say(
+    tests: list[str], expected: bool | None, shelf: Path
+) -> None:
+    assert claim(*tests).answer(tests) is expected
+
+
+def test_more_tests_ask_for_more(shelf: Path) -> None:
+    names = [name for name in RIGHT if name != "near"]
+    assert difference(*(claim().rows[name] for name in ("a", "near")))[0] < 0
+    low, high = difference(*(claim().rows[name] for name in ("a", "b")), among=len(names))
+    once = difference(*(claim().rows[name] for name in ("a", "b")))
+    assert low < once[0] < once[1] < high
+
+
+def test_what_cannot_be_compared_or_read_is_refused(shelf: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be compared: n 1000"):
+        claim().answer(["a > few"])
+    with pytest.raises(ValueError, match=r"cannot read the test 'a = b'"):
+        claim().answer(["a = b"])
+    with pytest.raises(ValueError, match="0 rows at 't / nobody / x'"):
+        claim(nobody="t / nobody / x").answer(["nobody > 5"])
+    claim().answer(["few >= a"])  # within five points: heights, not a paired question
+
+
+def test_the_evidence_names_its_numbers_and_how_they_were_measured(shelf: Path) -> None:
+    assert claim().sentence() == "90.0% of 94.5% (n = 10 to 1,000; seed 0; short on mnist)"
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_a_decided_difference_is_one_also_by_the_exact_paired_test(ours: int, theirs: int) -> None:
+    """The unpaired interval is on the safe side where no image speaks against it."""
+    right = [accuracy(k, 200) for k in (ours, theirs)]
+    rows = [
+        SimpleNamespace(value=r.percent, ci_low=100 * r.ci[0], ci_high=100 * r.ci[1]) for r in right
+    ]
+    low, high = difference(*rows, same=False)
+    if low > 0 or high < 0:
+        assert paired(*right) < LEVEL
+
+
+# The book's own file.
+
+
+@pytest.mark.parametrize("each", ALL, ids=lambda each: f"{each.chapter}: {each.quote[:30]}")
+def test_every_claim_is_answered_from_stored_rows(each: claims.Claim) -> None:
+    assert each.reproduced or each.holds
+    for tests in (each.reproduced, each.holds):
+        assert each.answer(tests) in claims.WORDS if tests else True
+    asked = set(re.findall(r"[a-z]\w*", " ".join([*each.reproduced, *each.holds])))
+    shown = set(re.findall(r"\{(\w+)\}", each.evidence))
+    assert asked <= shown == each.at.keys(), "what decides is shown, and nothing else is named"
+    numbers = re.sub(r"\{\w+\}|Eq\. \d+", "", each.evidence)
+    assert not re.search(r"\d+(\.\d+)?%", numbers), "a number is typed into the evidence"
+
+
+def test_the_front_page_has_the_main_claim_of_every_source() -> None:
+    lines = claims.answer(ROOT / "chapters").splitlines()
+    assert len(lines) == 2 + len(SOURCES) == 7
+    for chapter, line in zip(SOURCES, lines[2:], strict=True):
+        head = claims.claims(chapter)[0]
+        assert f"../chapters/{chapter}.ipynb" in line and head.quote in line
+        assert line.count(" | ") == 3 and claims.WORDS[head.answer(head.holds)] in line
