@@ -14,7 +14,7 @@ from defenses import attacks
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
-NO_ATTACK = {"autoattack_report", "eot", "train_substitute"}
+NO_ATTACK = {"autoattack_report", "bpda", "eot", "train_substitute"}
 BUDGET: dict[str, Any] = {"eps": 0.3, "step_size": 0.1, "steps": 5, "queries": 20, "seed": 0}
 BUDGET |= {"binary_search_steps": 2, "c": 1.0, "gamma": 0.3}
 VARIANTS: dict[str, list[dict[str, Any]]] = {

@@ -9,7 +9,7 @@ from .autoattack import autoattack, autoattack_report
 from .blackbox import square
 from .carlini_wagner import carlini_wagner
 from .deepfool import deepfool
-from .expectation import eot
+from .expectation import bpda, eot
 from .fab import fab
 from .gradient import bim, fgsm, mim, pgd
 from .saliency import jsma
@@ -20,6 +20,7 @@ __all__ = [
     "autoattack",
     "autoattack_report",
     "bim",
+    "bpda",
     "carlini_wagner",
     "deepfool",
     "eot",
