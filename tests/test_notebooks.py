@@ -10,8 +10,10 @@ import re
 import shutil
 import statistics
 import subprocess
+import symtable
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
@@ -104,6 +106,44 @@ def has_more_prose_than_code(notebook: NotebookNode) -> None:
     words = len(re.findall(r"[A-Za-z][\w'’-]*", text))
     lines = sum(bool(line.strip()) for line in code_lines(notebook))
     assert words >= 10 * lines, f"{words} words of prose for {lines} lines of code"
+
+
+def has_one_meaning_a_name(notebook: NotebookNode) -> None:
+    """What a sentence or a claim takes from far above was bound there once.
+
+    A name that a later cell has bound again is another thing under the old name: a sentence with
+    it is wrong without a word. Near its cell (four cells) a name may be used again.
+    """
+    bound: dict[str, list[int]] = {}
+    for place, cell in enumerate(code_cells(notebook)):
+        cell_names = names(cell.source)
+        for name in sorted(cell_names.used - cell_names.bound):
+            before = bound.get(name, []) if cell_names.used & {"Prose", "claim", "judge"} else []
+            assert len(before) < 2 or place - before[-1] < 4, (
+                f"code cell {place} speaks of {name!r}, which cells {before} bind: two meanings"
+            )
+        if "parameters" not in cell.metadata.get("tags", []):
+            for name in cell_names.bound:
+                bound.setdefault(name, []).append(place)
+
+
+@dataclass
+class Names:
+    """The global names that a cell uses, and those that it binds."""
+
+    used: set[str]
+    bound: set[str]
+
+
+def names(source: str) -> Names:
+    def used(table: symtable.SymbolTable, top: bool) -> set[str]:
+        here = {s for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+        inside = (used(child, False) for child in table.get_children())
+        return {s.get_name() for s in here}.union(*inside)
+
+    table = symtable.symtable(source, "cell", "exec")
+    given = (s for s in table.get_symbols() if s.is_assigned() or s.is_imported())
+    return Names(used(table, True), {s.get_name() for s in given})
 
 
 def has_typed_parameters(path: Path) -> None:
@@ -202,6 +242,11 @@ def test_parameters(path: Path) -> None:
 @every_chapter
 def test_prose(path: Path) -> None:
     has_more_prose_than_code(read(path))
+
+
+@every_chapter
+def test_names(path: Path) -> None:
+    has_one_meaning_a_name(read(path))
 
 
 @pytest.mark.parametrize("path", address.texts(ROOT), ids=lambda path: path.name)
@@ -433,6 +478,28 @@ def test_long_cells_are_caught() -> None:
         has_short_cells(notebook_of(code("\n".join(["x = 1"] * 31)), code("x"), code("x")))
     with pytest.raises(AssertionError, match="median 9"):
         has_short_cells(notebook_of(code("\n".join(["x = 1"] * 9))))
+
+
+@pytest.mark.parametrize(
+    ("second", "last", "wrong"),
+    [
+        ("three = (4, 5, 6)", "Prose(f'{three}')", True),
+        ("for three in (4,):\n    pass", "Prose(f'{[three for _ in range(2)]}')", True),
+        ("def three(): ...", "claim('text', (lambda: three)())", True),
+        ("three = (4, 5, 6)", "Prose(f'{[three for three in (1,)]}')", False),
+        ("other = (4, 5, 6)", "Prose(f'{three}')", False),
+        ("three = (4, 5, 6)", "print(three)", False),
+        ("three = (4, 5, 6)", "three = 1\nProse(f'{three}')", False),
+    ],
+)
+def test_a_name_of_two_meanings_is_found(second: str, last: str, wrong: bool) -> None:
+    between = [code(f"between = {n}") for n in range(4)]
+    cells = notebook_of(code("three = (1, 2, 3)"), code(second), *between, code(last))
+    if wrong:
+        with pytest.raises(AssertionError, match=r"'three', which cells \[0, 1\] bind"):
+            has_one_meaning_a_name(cells)
+    else:
+        has_one_meaning_a_name(cells)
 
 
 def test_mathematics_and_directives_are_no_prose() -> None:
