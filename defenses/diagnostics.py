@@ -1,9 +1,10 @@
 """Signs of gradient masking: that an attack failed does not say that the defense holds.
 
-The signs are those of Athalye, Carlini & Wagner (2018, §3.1) and Carlini et al. (2019).
+The signs are those of Athalye, Carlini & Wagner (2018, §3.1), Carlini et al. (2019) and Pintor et
+al. (2022).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from .attacks.contract import attacking, relative_norm
 from .attacks.gradient import pgd
-from .attacks.losses import PerImageLoss, objective
+from .attacks.losses import PerImageLoss, fools, objective
+from .attacks.norms import project, random_point
 from .evaluation import Accuracy, Robustness, Share, Split, mean_size, on_device_of, wilson
 
 
@@ -87,6 +89,59 @@ def loudness(
     return mean_size(torch.cat(leads)), Accuracy(torch.cat(ones).cpu())
 
 
+def attack_failures(
+    model: nn.Module,
+    data_split: Split,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    loss: str | PerImageLoss = "ce",
+    batch_size: int = 500,
+    seed: int = 0,
+) -> dict[str, Accuracy]:
+    """How a climb went wrong, image by image: three of the indicators of Pintor et al. (2022).
+
+    They belong to an attack with its budget, not to the model alone; what they find is to be mended
+    in the attack before its number is believed. The climb is the textbook loop of `pgd`.
+
+    Returns
+    -------
+    dict of Accuracy
+        The share of the images, with `correct` for which. ``two gradients``: asked twice at the
+        same point, the model gives another one (it draws: see `attacks.eot`). ``lost success``: an
+        iterate fooled the model and the last one does not, so that an attack that returns the last
+        one reports robustness. ``still rising``: no iterate fooled it, and the last tenth of the
+        steps, at least one, still brought a twentieth or more of the whole rise of the loss: too
+        few steps, or too short ones.
+    """
+    found: list[Tensor] = []
+    generator: torch.Generator | None = None
+    for x, y in on_device_of(model, data_split, batch_size):
+        generator = generator or torch.Generator(x.device).manual_seed(seed)
+        with attacking(model, x, y) as logits_of:
+            climb = objective(model, logits_of, loss)
+
+            point, losses, fooled = random_point(x, eps, "linf", generator), [], []
+            for step in range(steps + 1):
+                point = point.detach().requires_grad_()
+                value, z = climb(point, y, None)
+                gradient = logits_of.gradient(value, point)
+                if step == 0:
+                    again = logits_of.gradient(climb(point, y, None)[0], point)
+                    unstable = relative_norm(again, gradient) > 1e-3
+                losses.append(value.detach())
+                fooled.append(fools(z, y, None))
+                point = project(point + step_size * gradient.sign(), x, eps, "linf")
+        late = max(1, steps // 10)
+        whole, end = losses[-1] - losses[0], losses[-1] - losses[-1 - late]
+        once = torch.stack(fooled).any(dim=0)
+        rising = ~once & (whole > 0) & (end >= whole / 20)
+        found.append(torch.stack([unstable, once & ~fooled[-1], rising]).cpu())
+    names = ("two gradients", "lost success", "still rising")
+    return dict(zip(names, map(Accuracy, torch.cat(found, dim=1)), strict=True))
+
+
 @dataclass(frozen=True)
 class Flag:
     """One sign of masking: whether it is raised, and the two numbers (in [0, 1]) it compares."""
@@ -113,6 +168,7 @@ def masking_flags(
     at_half: Accuracy | Share | None = None,
     chance: float = 0.1,
     zero_gradients: ZeroGradients | None = None,
+    failures: Mapping[str, Accuracy] | None = None,
 ) -> list[Flag]:
     """Which signs of masking the measured accuracies raise; what was not measured is left out.
 
@@ -132,6 +188,8 @@ def masking_flags(
         Accuracy of guessing, 1/K.
     zero_gradients : ZeroGradients
         From `zero_gradient_share`; raised from 1% of the images on (our choice).
+    failures : mapping from a name to Accuracy
+        From `attack_failures`; raised where more than 1% of the images have one (our choice).
     """
     white_box = min(
         (a for a in (pgd, margin) if a is not None), key=lambda a: a.value, default=None
@@ -153,6 +211,10 @@ def masking_flags(
     if zero_gradients is not None:
         sign = "the input gradient of whole images is exactly zero"
         flags.append(Flag(sign, zero_gradients.images >= 0.01, zero_gradients.images, 0.01))
+    for name, share in (failures or {}).items():
+        flags.append(
+            Flag(f"the attack itself failed: {name}", share.ci[0] > 0.01, share.value, 0.01)
+        )
     return flags
 
 
