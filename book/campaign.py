@@ -36,6 +36,11 @@ from defenses import code, outcomes, training
 from defenses.results import COLUMNS, KEY, KIND, PROTOCOLS, commit, printed, record
 from defenses.run import Run, read_rows
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = ROOT / "chapters"
 SNAKEFILE = Path(__file__).with_name("campaign.smk")
@@ -109,33 +114,21 @@ def free_gpu() -> Iterator[str]:
     import torch
 
     count = torch.cuda.device_count()
-    if count < 2:
+    if count < 2 or fcntl is None:
         yield ""
         return
     folder = Path(tempfile.gettempdir(), f"does-it-hold-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
         for index in range(count):
-            lock = folder / str(index)
-            if not _alive(lock):
-                lock.unlink(missing_ok=True)
-            with contextlib.suppress(FileExistsError):
-                with lock.open("x") as file:
-                    file.write(str(os.getpid()))
+            with (folder / str(index)).open("w") as file:
                 try:
-                    yield f"cuda:{index}"
-                finally:
-                    lock.unlink(missing_ok=True)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with its process
+                except BlockingIOError:
+                    continue
+                yield f"cuda:{index}"
                 return
         time.sleep(1)
-
-
-def _alive(lock: Path) -> bool:
-    try:
-        os.kill(int(lock.read_text() or os.getpid()), 0)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 # What there is to do
@@ -372,6 +365,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if options.executor and (options.loop or not find_spec("snakemake")):
         parser.error("--executor is Snakemake's: no --loop, and pip install -e '.[sweep]'")
     options.snakemake, options.results = rest, options.results.resolve()
+    options.data_root = options.data_root and str(Path(options.data_root).resolve())
     return options
 
 

@@ -214,12 +214,19 @@ def test_two_units_take_two_gpus_and_a_dead_one_gives_its_back(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    with campaign.free_gpu() as first, campaign.free_gpu() as second:
-        assert {first, second} == {"cuda:0", "cuda:1"}
-        for lock in tmp_path.rglob("0"):
-            lock.write_text("999999999")  # a process that is no more
-        with campaign.free_gpu() as third:
-            assert third == "cuda:0"
+    hold = "import sys; sys.path.insert(0, {root!r}); import tempfile; import torch\n"
+    hold += "tempfile.gettempdir = lambda: {folder!r}; torch.cuda.device_count = lambda: 2\n"
+    hold += "from book.campaign import free_gpu\n"
+    hold += "with free_gpu() as one: print(one, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold.format(root=str(ROOT), folder=str(tmp_path))]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with campaign.free_gpu() as first, subprocess.Popen(command, **pipes) as other:
+        assert first == "cuda:0" and other.stdout
+        assert other.stdout.readline() == "cuda:1\n"
+        other.kill()  # it cannot tidy up
+        other.wait()
+        with campaign.free_gpu() as second:
+            assert second == "cuda:1"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with campaign.free_gpu() as none:
         assert none == ""
@@ -240,3 +247,12 @@ def test_an_engine_that_cannot_run_is_said_and_not_replaced(
     with pytest.raises(SystemExit):
         campaign.main(["results", "--executor", "slurm", *["--loop"] * installed])
     assert "--executor is Snakemake's" in capsys.readouterr().err
+
+
+def test_relative_folders_are_those_of_the_shell() -> None:
+    options = campaign.arguments(["results", "--data-root", "data", "--results", "here"])
+    assert (options.data_root, options.results) == (
+        str(Path("data").resolve()),
+        Path("here").resolve(),
+    )
+    assert campaign.arguments(["results", "--data-root", ""]).data_root == ""
