@@ -60,7 +60,7 @@ class Claim:
         same = sign != ">=" and hasattr(b, "seed")
         low, high = difference(a, b, factor=float(factor or 1), among=among, same=same)
         if sign == ">=":
-            return a.value - b.value >= -MARGIN
+            return _decided(low > -MARGIN, high < -MARGIN)
         if sign == "~":
             return _decided(low > -ALIKE and high < ALIKE, high < -ALIKE or low > ALIKE)
         return _decided(low > 0, high < 0) if sign == ">" else _decided(high < 0, low > 0)
@@ -69,7 +69,7 @@ class Claim:
         """The evidence, with its numbers and how they were measured."""
         texts = {name: _text(row, self.at[name]) for name, row in self.rows.items()}
         ours = [row for row in self.rows.values() if hasattr(row, "seed")]
-        n = sorted({int(row.n) for row in ours if row.n > 1})
+        n = sorted({int(row.n) for row in ours if row.n > 1 and row.metric != "ratio"})
         how = f"n = {n[0]:,}" + (f" to {n[-1]:,}" if len(n) > 1 else "") + "; " if n else ""
         seeds = sorted({seed for row in ours for seed in str(row.seed).split()})
         protocols = ", ".join(dict.fromkeys(f"{row.protocol} on {row.dataset}" for row in ours))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.special import bdtr, ndtri
+from scipy.special import bdtr, ndtri, stdtrit
 
 from .evaluation import Accuracy
 
@@ -58,23 +58,32 @@ def difference(
 ) -> tuple[float, float]:
     """The interval of ``a - factor * b`` at 99%, for one of `among` comparisons (Bonferroni).
 
-    `a` and `b` are stored rows: a value and its 95% interval, of whose sides the wider interval is
-    made as of independent normal errors. On the same images the errors go together, so that this
-    is on the safe side of a paired test.
+    `a` and `b` are stored rows: a value with its 95% interval, which is widened as that of a
+    normal error or, over several seeds, as Student's. The two errors are taken for independent: on
+    the same images they go together, and this is as a rule wider than a paired test.
 
     Raises
     ------
     ValueError
-        `same` is asked, and the two differ in n, images, protocol, data set or seeds.
+        `same` is asked, and the two differ in n, images, protocol, data set or seeds. (Older rows
+        do not name their images; for those the same n has to do.)
     """
     if same and (other := [name for name in SAME if getattr(a, name) != getattr(b, name)]):
         what = ", ".join(f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in other)
         raise ValueError(f"two rows that cannot be compared: {what}")
-    wider = float(ndtri(1 - LEVEL / 2 / among) / ndtri(0.975))
     middle = a.value - factor * b.value
-    down = math.hypot(a.value - a.ci_low, factor * (b.ci_high - b.value))
-    up = math.hypot(a.ci_high - a.value, factor * (b.value - b.ci_low))
-    return middle - wider * down, middle + wider * up
+    of_a, of_b = _widening(a, among), factor * _widening(b, among)
+    down = math.hypot(of_a * (a.value - a.ci_low), of_b * (b.ci_high - b.value))
+    up = math.hypot(of_a * (a.ci_high - a.value), of_b * (b.value - b.ci_low))
+    return middle - down, middle + up
+
+
+def _widening(row: Any, among: int) -> float:
+    """From a 95% interval to 99%, for one of `among`."""
+    freedom, level = len(str(getattr(row, "seed", "0")).split()) - 1, 1 - LEVEL / 2 / among
+    if freedom:
+        return float(stdtrit(freedom, level) / stdtrit(freedom, 0.975))
+    return float(ndtri(level) / ndtri(0.975))
 
 
 def judge(
