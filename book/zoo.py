@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from defenses import evaluate, models, zoo
 from defenses.batchout import BatchOut
@@ -121,8 +121,7 @@ def layers(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _text(array: np.ndarray | Tensor) -> dict[str, Any]:
-    array = np.ascontiguousarray(array)
+def _text(array: np.ndarray) -> dict[str, Any]:
     little = array.astype(array.dtype.newbyteorder("<"))
     data = base64.b64encode(little.tobytes()).decode()
     return {"type": str(array.dtype), "shape": list(array.shape), "data": data}

@@ -61,7 +61,7 @@
       <button type="submit" name="guess" value="falls">It will say something else</button>
     </fieldset>
     <p class="lab-answer" role="status" aria-live="polite"></p>
-    <div class="lab-pictures">${["The image", "The change", "The attacked image"].map(title => `
+    <div class="lab-pictures">${["Before", "The change", "After"].map(title => `
       <figure><canvas width="28" height="28" role="img"></canvas><figcaption>${title}</figcaption>
       </figure>`).join("")}</div>
     <div class="lab-numbers">
