@@ -243,6 +243,9 @@ def test_a_digit_drawn_with_the_mouse_is_attacked(page: tuple[Page, int]) -> Non
     tab, _ = page
     tab.locator("[name=digit][value=draw]").check()
     tab.locator("[name=label]").select_option("7")
+    assert "The paper is empty" in rest(tab)
+    assert tab.locator("[value=falls]").is_disabled()
+    tab.locator(".lab-draw canvas").scroll_into_view_if_needed()
     box = tab.locator(".lab-draw canvas").bounding_box()
     assert box is not None
     for i, (x, y) in enumerate([(3, 4), (16, 4), (8, 19)]):  # off the middle: it is centered

@@ -195,6 +195,15 @@
     bars(2, null);
     $("svg").innerHTML = $(".lab-path figcaption").textContent = "";
     $("svg").setAttribute("aria-label", "No loss yet: guess first.");
+    const empty = asked.drawn && !paper.some(v => v > 0);
+    $(".lab-guess").disabled = empty;
+    if (empty) {
+      bars(1, null);
+      last += 1;  // nobody waits for an answer
+      lab.removeAttribute("aria-busy");
+      say("The paper is empty: draw a digit.");
+      return;
+    }
     ask("look", asked, ({ before: { p, answer } }) => {
       bars(1, p);
       say(`The network says ${answer} (${percent(p[answer])}). ` + (answer === asked.y
