@@ -21,6 +21,7 @@ import nbformat
 import papermill
 import yaml
 
+from book import zoo
 from defenses.claims import answer
 
 try:
@@ -52,6 +53,7 @@ def stage(root: Path, source: Path) -> None:
         ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.py")
         shutil.copytree(root / name, source / name, ignore=ignore)
     (source / "book" / "answer.md").write_text(answer(source / "chapters"), encoding="utf-8")
+    (source / "book" / "static" / "zoo.js").write_text(zoo.script())
 
 
 def run(notebook: Path, result: Path, **parameters: object) -> None:
@@ -103,6 +105,7 @@ def html(source: Path, target: Path) -> None:
 def _fingerprint(root: Path, notebook: Path) -> str:
     inputs = [root / notebook, *sorted((root / "defenses").rglob("*.py"))]
     inputs += sorted((root / "chapters").rglob("*.csv"))
+    inputs += sorted((root / "defenses").rglob("*.npz"))
     digest = hashlib.sha256(f"{platform.python_version()} {version('torch')}".encode())
     for path in inputs:
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())

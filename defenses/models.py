@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defenses import zoo
 from defenses.compact import CompactConv2d, CompactLinear
 
 # Ranjan et al. (2017), Table 10: output channels of each convolution, and where a 2x2 pool stands.
@@ -470,6 +471,40 @@ def he_initialized(model: nn.Sequential, slope: float = 0.0) -> nn.Sequential:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return model
+
+
+def pretrained(name: str, data: str = "mnist") -> nn.Sequential:
+    """A trained network of the book's zoo, on the CPU and in eval mode: nothing to wait for.
+
+    (N, 1, 28, 28) to (N, 10). They are the networks of the chapter "One yardstick", each
+    :func:`mnist_fast` with one defense, without what served its training alone.
+
+    Parameters
+    ----------
+    name : str
+        The defense, named as the rows of that chapter: ``"none"``, ``"compact, soft labels"``,
+        ``"BatchOut"``, ``"prototypes"``, ``"Jacobian"``, ``"input gradient"``,
+        ``"one random step"`` or ``"PGD"``.
+    data : str
+        What it was trained on: ``"mnist"``.
+
+    Raises
+    ------
+    ValueError
+        There is no such network (the message names those there are), or its file is damaged.
+    """
+    weights = zoo.weights(name, data)
+    with torch.device("meta"):  # nothing is drawn, and nothing allocated twice
+        model = mnist_fast() if "0.weight" in weights else _mnist_fast_compact()
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _mnist_fast_compact() -> nn.Sequential:
+    first, second = (CompactConv2d(i, o, 4, stride=2, padding=1) for i, o in ((1, 16), (16, 32)))
+    hidden, last = CompactLinear(1568, 100), CompactLinear(100, 10)
+    layers = [Center(), first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), hidden, nn.ReLU(), last]
+    return nn.Sequential(*layers)
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def watched(browser: Browser, width: int) -> tuple[Page, list[str]]:
             trouble.append(message.text)
 
     def request(request: Request) -> None:
-        if not request.url.startswith(("file:", "data:")):
+        if not request.url.startswith(("file:", "data:", "blob:null/")):  # blob: made by the page
             trouble.append(f"asked for {request.url}")
 
     tab.on("console", console)
