@@ -271,6 +271,8 @@ def little_book(tmp_path: Path) -> Path:
     (root / "_toc.yml").write_text(yaml.safe_dump(toc))
     (root / "book" / "intro.md").write_text("# Title\n\nText.\n")
     (root / "defenses" / "idea.py").write_text("")
+    (root / "chapters" / "paper").mkdir()
+    (root / "chapters" / "paper" / "claims.toml").write_text("")  # of no source
     write_chapter(root, "print(protocol)")
     return root
 
