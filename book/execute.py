@@ -25,7 +25,7 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     taken: set[str] = set()
     for cell in notebook.cells:
         cell.metadata = NotebookNode(
-            {key: cell.metadata[key] for key in ("tags", "nbgrader") if cell.metadata.get(key)}
+            {key: cell.metadata[key] for key in ("mystnb", "nbgrader", "tags") if cell.metadata.get(key)}
         )
         cell.id = _unused_id(cell.source, taken)
         if cell.cell_type == "code":

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 SOURCES = [TOC["root"], *(page["file"] for part in TOC["parts"] for page in part["chapters"])]
 PAGES = [f"{source.removesuffix('.ipynb')}.html" for source in SOURCES]
+CHAPTERS = [page for page in PAGES if page.startswith("chapters/")]
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +107,27 @@ def test_colab_opens_the_notebook(site: Path, source: str) -> None:
     slug = address.slug(ROOT)
     assert links == {f"https://colab.research.google.com/github/{slug}/blob/main/{source}"}
     assert page.select(f"a[href$='_sources/{source}']"), "no download button"
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_tables_say_what_they_show(site: Path, page: str) -> None:
+    tables = soup(site / page).select(".side-by-side table")
+    assert len(tables) >= 2
+    for table in tables:
+        assert re.fullmatch(r"\S.+ · .+", table.select("caption")[0].text)
+        assert [th for th in table.select("th") if not th.get("scope")] == []
+        heads = " ".join(th.text for th in table.select("th"))
+        assert not re.search(r"\bmnist\b|\bcifar10\b|_|\bOurs\b(?!\")", heads), heads
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_a_live_run_is_folded_and_comes_after_what_is_stored(site: Path, page: str) -> None:
+    first = soup(site / page).select(".side-by-side caption")[0].text
+    assert ", this run" not in first
+    for caption in soup(site / page).select(".side-by-side caption"):
+        if ", this run" in caption.text:
+            assert caption.find_parent("details"), f"not folded: {caption.text}"
+            assert "MNIST" not in caption.text
 
 
 # The pages in a browser.
@@ -225,9 +247,7 @@ def test_page_works_offline(opened: tuple[Page, list[str]], width: int) -> None:
     assert trouble == []
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.startswith("chapters/")], scope="module"
-)
+@pytest.mark.parametrize("page", CHAPTERS, scope="module")
 @at_every_width
 def test_solutions_fold_out(opened: tuple[Page, list[str]]) -> None:
     tab, trouble = opened
@@ -239,6 +259,32 @@ def test_solutions_fold_out(opened: tuple[Page, list[str]]) -> None:
         solution.locator(".toggle-button").first.click()
         assert content.is_visible()
     assert trouble == []
+
+
+# For each table that is seen: what it is, how much of it is hidden to the right, how much of its
+# first column of numbers is not, and whether something hints at what is hidden.
+TABLES = """() => [...document.querySelectorAll(".side-by-side-scroll")]
+  .filter(box => box.checkVisibility()).map(box => {
+    const right = element => element.getBoundingClientRect().right;
+    return {
+      caption: box.querySelector("caption").innerText,
+      hidden: box.scrollWidth - box.clientWidth,
+      first: right(box) - right(box.querySelector("tbody td")),
+      hint: getComputedStyle(box).backgroundImage.includes("gradient"),
+    };
+  })"""
+
+
+@pytest.mark.parametrize("page", CHAPTERS, scope="module")
+@at_every_width
+def test_tables_show_their_numbers(opened: tuple[Page, list[str]], width: int) -> None:
+    tab, _ = opened
+    tables = tab.evaluate(TABLES)
+    assert len(tables) >= 2
+    assert [table for table in tables if table["first"] < 0] == []
+    assert [table for table in tables if table["hidden"] > 1 and not table["hint"]] == []
+    if width > 1000:
+        assert [table for table in tables if table["hidden"] > 1] == []
 
 
 # What the README shows.
