@@ -135,12 +135,16 @@ def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple
 def _header(
     heads: Sequence[tuple[str, str]], measured_on: Sequence[str]
 ) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Head each column by data set, attack, size and metric; what all share is said once."""
+    """Head each column by data set, attack, size and metric; what all share is said once.
+
+    Where a column has one metric only, the metric stands above.
+    """
     lines = [(*words.column(key), words.METRICS.get(metric, metric)) for key, metric in heads]
     sized = {line[2] for line in lines if line[1] != words.COLUMNS["clean"]}
     data, metrics = {line[0] for line in lines}, {line[3] for line in lines}
     once = [len(data) == 1, False, len(sized) == 1, len(metrics) == 1]
-    kept = [k for k in range(4) if not once[k] and any(line[k] for line in lines)]
+    order = (0, 3, 1, 2) if len({key for key, _ in heads}) == len(heads) else (0, 1, 2, 3)
+    kept = [k for k in order if not once[k] and any(line[k] for line in lines)]
     data = {*measured_on} if len({*measured_on}) == 1 else data
     said = [*metrics] * once[3] + [*data] * once[0] + [*sized] * once[2]
     return [tuple(line[k] for k in kept) for line in lines], [*filter(None, said)]

@@ -63,13 +63,12 @@ def test_every_head_says_what_it_heads(store: Path) -> None:
     html = side_by_side(CHAPTER, "masking", measured=rows, folder=store).html
     heads = BeautifulSoup(html, "html.parser").select("th")
     assert [(th.text, th["scope"], th.get("colspan"), th.get("rowspan")) for th in heads] == [
+        ("accuracy, %", "colgroup", "2", None),
+        ("mean", "col", None, None),
         ("PGD", "colgroup", "2", None),
         ("lead", "col", None, "2"),
         ("ε = 0.1", "col", None, None),
         ("ε = 0.2", "col", None, None),
-        ("accuracy, %", "col", None, None),
-        ("accuracy, %", "col", None, None),
-        ("mean", "col", None, None),
         ("SM", "row", None, None),
     ]
 
