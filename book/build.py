@@ -52,6 +52,7 @@ def stage(root: Path, source: Path) -> None:
         ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.py")
         shutil.copytree(root / name, source / name, ignore=ignore)
     (source / "book" / "answer.md").write_text(answer(source / "chapters"), encoding="utf-8")
+    shutil.copy2(root / "book" / "pages.py", source / "book")  # a part of the configuration
 
 
 def run(notebook: Path, result: Path, **parameters: object) -> None:
