@@ -41,6 +41,7 @@ TITLES = {
     "figure2": "Figure 2, JSMA",
     "gray": "Every image turned to the same gray",
     "imagenet": "Others' networks, ImageNet",
+    "in front": "Preprocessing in front of the network",
     "layers": "Which layers are tapped",
     "leaderboard": "All defenses on one network",
     "least": "Attacks that look for the least change",
