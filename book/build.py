@@ -54,6 +54,7 @@ def stage(root: Path, source: Path) -> None:
         shutil.copytree(root / name, source / name, ignore=ignore)
     (source / "book" / "answer.md").write_text(answer(source / "chapters"), encoding="utf-8")
     (source / "book" / "static" / "zoo.js").write_text(zoo.script())
+    shutil.copy2(root / "book" / "pages.py", source / "book")  # a part of the configuration
 
 
 def run(notebook: Path, result: Path, **parameters: object) -> None:

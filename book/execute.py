@@ -16,6 +16,7 @@ from nbformat import NotebookNode
 from book.build import ROOT, notebooks, run
 
 KEPT = ("accelerator", "colab", "jupytext", "kernelspec")
+KEPT_OF_CELLS = ("mystnb", "nbgrader", "tags")
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
@@ -25,7 +26,7 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     taken: set[str] = set()
     for cell in notebook.cells:
         cell.metadata = NotebookNode(
-            {key: cell.metadata[key] for key in ("tags", "nbgrader") if cell.metadata.get(key)}
+            {key: cell.metadata[key] for key in KEPT_OF_CELLS if cell.metadata.get(key)}
         )
         cell.id = _unused_id(cell.source, taken)
         if cell.cell_type == "code":

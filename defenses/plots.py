@@ -19,23 +19,39 @@ from .models import activations
 # Okabe and Ito's palette: told apart by color-blind readers, and in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
+# Through the whole book a defense has one color, whatever its chapter calls it; none is black.
+DEFENSES = {
+    "#000000": ("none", "plain", "SM", "Softmax", "Baseline", "No defense", "Standard"),
+    "#0072B2": ("compact", "CCN"),
+    "#56B4E9": ("compact, soft labels", "CCN+LS"),
+    "#D55E00": ("BatchOut",),
+    "#CC79A7": ("prototypes", "Ours"),
+    "#E69F00": ("Jacobian", "Jacobian regularization"),
+    "#009E73": ("trained", "PGD", "Adversarially trained", "Adversarial Training"),
+}
+COLOR_OF = {name: color for color, names in DEFENSES.items() for name in names}
+
+# Read at the width of a phone, a figure of 5.6 inches shows these at 9 pixels or more.
+FONT: Any = {"font.size": 11, "axes.titlesize": 11, "legend.fontsize": 10, "lines.linewidth": 1.8}
+
 
 def panels(
-    rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 2.6, **options
+    rows: int = 1, columns: int = 1, width: float = 5.6, height: float = 2.6, **options
 ) -> tuple[Figure, np.ndarray]:
     """A figure of ``rows`` × ``columns`` panels, in inches: (figure, array of axes).
 
     The figure is closed at once, so that a notebook shows it once: where a cell ends with it.
     """
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(width, rows * height),
-        dpi=120,
-        layout="constrained",
-        squeeze=False,
-        **options,
-    )
+    with plt.rc_context(FONT):
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            figsize=(width, rows * height),
+            dpi=200,
+            layout="constrained",
+            squeeze=False,
+            **options,
+        )
     plt.close(figure)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -52,18 +68,42 @@ def curves(
     paper: Mapping[str, Any] | None = None,
     **style: Any,
 ) -> None:
-    """Draw named lines (x, y), each in the color of its place, with a legend.
+    """Draw named lines (x, y), a defense in its own color, others in one that is free.
 
     ``paper`` holds the y that a paper prints for some of them: open circles in the same color.
     """
-    for color, (name, (x, y)) in zip(COLORS, lines.items(), strict=False):
+    taken = {COLOR_OF.get(name) for name in lines}
+    free = itertools.cycle([color for color in COLORS if color not in taken] or COLORS)
+    for name, (x, y) in lines.items():
+        color = COLOR_OF.get(name) or next(free)
         axis.plot(x, y, label=name, color=color, **{"marker": "o", "markersize": 3, **style})
         if paper and name in paper:
             axis.plot(x, paper[name], "o--", color=color, markerfacecolor="none", linewidth=0.7)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
-def strip(images: Mapping[str, Tensor], titles: Sequence[str] = (), size: float = 0.95) -> Figure:
+def legend(figure: Figure) -> None:
+    """What the lines of all panels are called, once, above them and off every curve."""
+    found: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    columns = int(13 * figure.get_figwidth() / (4 + max(map(len, found))))  # 13 letters an inch
+    columns = max(1, min(columns, len(found)))
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(found) // columns))
+    figure.legend(
+        found.values(),
+        found.keys(),
+        loc="outside upper center",
+        ncols=columns,
+        fontsize=FONT["legend.fontsize"],
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )
+
+
+def strip(images: Mapping[str, Tensor], titles: Sequence[str] = (), size: float = 0.6) -> Figure:
     """Rows of images (N, C, H, W) in [0, 1], each row with its name, each column with a title."""
     count = max(len(row) for row in images.values())
     figure, axes = panels(len(images), count, width=size * count + 0.8, height=size)
@@ -74,10 +114,10 @@ def strip(images: Mapping[str, Tensor], titles: Sequence[str] = (), size: float 
             picture = image.detach().cpu().permute(1, 2, 0).squeeze(-1)
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[0].text(
-            -0.15, 0.5, name, ha="right", va="center", transform=line[0].transAxes, fontsize=9
+            -0.15, 0.5, name, ha="right", va="center", transform=line[0].transAxes, fontsize=10
         )
     for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=10)
     return figure
 
 
@@ -102,9 +142,9 @@ def twin_maps(
             for axis, picture in zip(axes[:, column], maps, strict=True):
                 axis.imshow(picture, cmap="magma", **scale)
                 axis.axis("off")
-            axes[0, column].set_title(title, fontsize=7)
+            axes[0, column].set_title(title, fontsize=8)
         middle = len(shown) // 2
-        axes[0, start * len(shown) + middle].set_title(f"{name}\n{shown[middle]}", fontsize=7)
+        axes[0, start * len(shown) + middle].set_title(f"{name}\n{shown[middle]}", fontsize=8)
     return figure
 
 
@@ -134,7 +174,7 @@ def tsne_grid(
             perplexity = min(30, len(seen) / 4)
             points = TSNE(perplexity=perplexity, random_state=0).fit_transform(seen)
             scatter(axis, torch.from_numpy(points), y)
-            axis.set_title(f"{name}, {layer}", fontsize=9)
+            axis.set_title(f"{name}, {layer}", fontsize=10)
     return figure
 
 
@@ -148,7 +188,7 @@ def spectra(models: Mapping[str, nn.Module], layers: Sequence[str], most: int = 
             values = torch.linalg.svdvals(weight)[:most]
             lines[name] = (range(1, len(values) + 1), values / values[0])
         curves(axis, lines, title=layer, markersize=0)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("singular value, by rank", fontsize=9)
-    figure.supylabel("size, relative to the first", fontsize=9)
+    legend(figure)
+    figure.supxlabel("singular value, by rank", fontsize=10)
+    figure.supylabel("size, relative to the first", fontsize=10)
     return figure

@@ -1,14 +1,15 @@
 """Tables of our numbers beside the paper's, each with how it was measured."""
 
+import itertools
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import pandas as pd
 
+from defenses import words
 from defenses.results import KEY, best, printed
 
 
@@ -41,55 +42,72 @@ def side_by_side(
         The table may be one that only we have measured.
     rows : names, optional
         Those to show, in this order; default: all, in the paper's order, then what only we have
-        (rows in the order in which the paper first names them).
+        (rows in the order in which the paper first names them, columns with the strongest attack
+        first).
     columns : names or str, optional
         Likewise; a single text stands for every column that begins with it, such as `mnist fgsm`.
     **choice
-        `measured`, `dataset`, `protocol`, `folder` as for `best`: `measured=rows` shows a live run
-        in place of the store.
+        `measured`, `dataset`, `protocol`, `folder` as for `best`: `measured=rows` shows what a live
+        run measured, in place of the store, beside the paper only where the data set is the same.
+
+    A table of which nothing is measured yet is a line that folds out to what the paper prints.
 
     Raises
     ------
     ValueError
         Neither the paper nor the measurements have such a table, row or column.
     """
-    ours = best(chapter, **choice)
+    ours, live = best(chapter, **choice), choice.get("measured") is not None
     theirs = printed(chapter, choice.get("folder"))[[*KEY, "printed"]]
     places = {row: place for place, row in enumerate(theirs["row"].unique())}
     more = ours[ours["own"] == ""].sort_values(KEY)
     more = more.sort_values("row", key=lambda row: row.map(places), kind="stable")
     cells = pd.concat([theirs.merge(ours, on=KEY, how="left"), more])
     cells = cells[cells["table"].isin(_chosen("table", [table], cells["table"]))]
+    names = [*dict.fromkeys(cells.loc[cells["printed"].notna(), "column"])]
+    names += sorted({*cells["column"]} - {*names}, key=words.rank)
     if isinstance(columns, str):
-        columns = [c for c in cells["column"].unique() if c.startswith(columns)] or [columns]
-    columns, rows = _chosen("column", columns, cells["column"]), _chosen("row", rows, cells["row"])
+        columns = [name for name in names if name.startswith(columns)] or [columns]
+    columns, rows = _chosen("column", columns, names), _chosen("row", rows, cells["row"])
     cells = cells[cells["row"].isin(rows) & cells["column"].isin(columns)].fillna({"printed": ""})
 
     measured = cells[cells["value"].notna()]
+    if live and len(measured):
+        same = [data.startswith(own) for data, own in measured[["dataset", "own"]].to_numpy()]
+        cells = measured = measured.assign(printed=measured["printed"].where(same, ""))
+        rows = [row for row in rows if row in {*cells["row"]}]
+        columns = [column for column in columns if column in {*cells["column"]}]
     kinds: dict[Any, pd.DataFrame] = dict([*measured.groupby(["protocol", "dataset"], sort=False)])
     marks = dict(zip(kinds, "abcdefghijkl", strict=False)) if len(kinds) > 1 else {}
     decimals = cells["printed"].str.partition(".")[2].str.len().groupby(cells["metric"]).max()
-    texts = [_cell(cell, decimals[cell.metric] or 2, marks) for cell in cells.itertuples()]
+    texts = [_cell(cell, int(decimals[cell.metric]), marks) for cell in cells.itertuples()]
     cells = cells.assign(html=[t[0] for t in texts], text=[t[1] for t in texts])
     wide = cells.pivot(index="row", columns=["column", "metric"], values=["html", "text"])
     heads = cells.drop_duplicates(["column", "metric"]).set_index("column")["metric"].loc[columns]
-    wide = wide.reindex(rows).fillna("").rename_axis(index=None)
-    as_html, as_text = (_headed(wide[kind][[*heads.items()]]) for kind in ("html", "text"))
-    title = re.sub(r"^(table|figure)(\d+\w?)$", lambda m: f"{m[1].title()} {m[2]}", table)
+    wide = wide.reindex(rows).fillna("").rename(index=words.row).rename_axis(index=None)
+    header, said = _header([*heads.items()], [words.DATA.get(d, d) for _, d in kinds])
+    as_html, as_text = (wide[kind][[*heads.items()]] for kind in ("html", "text"))
+    as_text = as_text.set_axis(pd.MultiIndex.from_tuples(header), axis=1)
+
+    title = " · ".join([words.title(table) + ", this run" * live, *said])
     asked, filled = ((frame["printed"] != "").sum() for frame in (cells, measured))
-    caption = f"{title}: " + (
-        f"{filled} of {asked} cells measured. Ours first, with its 95% interval; the paper's "
-        "number in parentheses."
-        if asked
-        else "ours, with 95% intervals; the paper has no such table."
-    )
+    if not len(measured):
+        note = f"{asked} cells printed, none measured yet."
+    elif asked:
+        note = f"{filled} of {asked} cells measured. This book's number first, with its 95% "
+        note += "interval; the paper's in parentheses."
+    else:
+        note = "This book's numbers, with 95% intervals"
+        note += "." if live else "; the paper has no such table."
     legend = [_how(marks.get(kind, ""), kind, group) for kind, group in kinds.items()]
-    return Table(
-        _page(as_html, caption, legend), "\n".join([as_text.to_string(), caption, *legend])
-    )
+    text = "\n".join([title, as_text.to_string(), note, *legend])
+    page = _page(as_html, header, title, note, legend)
+    if not len(measured):
+        page = f"<details><summary>{escape(f'{title}: {note}')}</summary>{page}</details>"
+    return Table(page, text)
 
 
-def _chosen(what: str, asked: Sequence[str] | None, known: pd.Series) -> list[str]:
+def _chosen(what: str, asked: Sequence[str] | None, known: Iterable[str]) -> list[str]:
     names = list(dict.fromkeys(known))
     for name in names if asked is None else asked:
         if name not in names:
@@ -98,34 +116,49 @@ def _chosen(what: str, asked: Sequence[str] | None, known: pd.Series) -> list[st
 
 
 def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple[str, str]:
+    """HTML and text: the paper's decimals, or four digits, whichever is less."""
+    share = words.METRICS.get(cell.metric, "").endswith("%")
+    digits = digits or (1 if share else 2)
     ours, interval, mark = "–", "", marks.get((cell.protocol, cell.dataset), "")
     if not math.isnan(cell.value):
-        ours = f"{cell.value:.{digits}f}"
+        digits = digits if share else min(digits, max(0, 4 - len(f"{abs(cell.value):.0f}")))
+        ours = f"{cell.value:,.{digits}f}"
     if cell.ci_low < cell.ci_high:
-        interval = f"{cell.ci_low:.{digits}f}–{cell.ci_high:.{digits}f}"
+        digits = 1 if share else digits
+        interval = f"{cell.ci_low:,.{digits}f}–{cell.ci_high:,.{digits}f}"
     html = [f'<b class="ours">{ours}</b>' + (f"<sup>{mark}</sup>" if mark else "")]
     html += [f'<small class="interval">{interval}</small>'] if interval else []
     html += [f'<small class="paper">({cell.printed})</small>'] if cell.printed else []
     return "<br>".join(html), f"{ours}{mark}" + (f" ({cell.printed})" if cell.printed else "")
 
 
-def _headed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Head columns by what neighbors share, `mnist fgsm`, above what is their own, `0.3`."""
-    heads = [
-        column.rpartition(" ")[::2] if metric == "accuracy" else (column, metric)
-        for column, metric in frame.columns
-    ]
-    return frame.set_axis(pd.MultiIndex.from_tuples(heads), axis=1)
+def _header(
+    heads: Sequence[tuple[str, str]], measured_on: Sequence[str]
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Head each column by data set, attack, size and metric; what all share is said once.
+
+    Where a column has one metric only, the metric stands above.
+    """
+    lines = [(*words.column(key), words.METRICS.get(metric, metric)) for key, metric in heads]
+    sized = {line[2] for line in lines if line[1] != words.COLUMNS["clean"]}
+    data, metrics = {line[0] for line in lines}, {line[3] for line in lines}
+    once = [len(data) == 1, False, len(sized) == 1, len(metrics) == 1]
+    order = (0, 3, 1, 2) if len({key for key, _ in heads}) == len(heads) else (0, 1, 2, 3)
+    kept = [k for k in order if not once[k] and any(line[k] for line in lines)]
+    data = {*measured_on} if len({*measured_on}) == 1 else data
+    said = [*metrics] * once[3] + [*data] * once[0] + [*sized] * once[2]
+    return [tuple(line[k] for k in kept) for line in lines], [*filter(None, said)]
 
 
 def _how(mark: str, kind: tuple[str, str], measured: pd.DataFrame) -> str:
     protocol, dataset = kind
     others = [name for name in measured["own"].unique() if name not in ("", dataset)]
+    others = [words.DATA.get(name, name) for name in others]
     seeds = sorted({int(seed) for text in measured["seed"] for seed in text.split()})
     n = sorted({int(n) for n in measured["n"]})
     return (mark and f"{mark}: ") + "; ".join(
         [
-            f"protocol {protocol} on {dataset}"
+            f"protocol {protocol} on {words.DATA.get(dataset, dataset)}"
             + (f", not {' or '.join(others)}" if others else ""),
             f"n = {n[0]:,}" + (f" to {n[-1]:,}" if len(n) > 1 else ""),
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
@@ -135,11 +168,54 @@ def _how(mark: str, kind: tuple[str, str], measured: pd.DataFrame) -> str:
     )
 
 
-def _page(table: pd.DataFrame, caption: str, legend: list[str]) -> str:
-    table = table.rename(index=escape).rename(columns=escape)
-    return (
-        '<div class="side-by-side"><div class="side-by-side-scroll" style="overflow-x:auto">'
-        f"{table.to_html(escape=False, border=0, classes='table')}</div>"
-        f'<p class="side-by-side-caption">{escape(caption)}</p><ul class="side-by-side-legend">'
-        f"{''.join(f'<li>{escape(line)}</li>' for line in legend)}</ul></div>"
-    )
+def _page(
+    table: pd.DataFrame,
+    header: Sequence[tuple[str, ...]],
+    title: str,
+    note: str,
+    legend: Sequence[str],
+) -> str:
+    html = '<div class="side-by-side">'
+    for part in _parts(header):
+        html += '<div class="side-by-side-scroll" style="overflow-x:auto"><table class="table">'
+        html += (
+            f"<caption><span>{escape(title)}{' · continued' * (part.start > 0)}</span></caption>"
+        )
+        html += f"<thead>{''.join(_header_rows(header[part]))}</thead><tbody>"
+        for row, cells in zip(table.index, table.to_numpy()[:, part], strict=True):
+            html += f'<tr><th scope="row">{escape(str(row))}</th>'
+            html += "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        html += "</tbody></table></div>"
+    html += f'<p class="side-by-side-caption">{escape(note)}</p><ul class="side-by-side-legend">'
+    return html + "".join(f"<li>{escape(line)}</li>" for line in legend) + "</ul></div>"
+
+
+def _parts(header: Sequence[tuple[str, ...]], most: int = 8) -> Iterator[slice]:
+    """At most as many columns as a page has room for, parted where a head ends if it can be."""
+    start, count = 0, len(header)
+    size = -(-count // -(-count // most))
+    ends = [k for k in range(1, count) if header[k][:-1] != header[k - 1][:-1]] + [count]
+    while start < count:
+        near = [k for k in ends if start < k <= start + most] or [start + size]
+        stop = min(near, key=lambda k: abs(k - start - size))
+        yield slice(start, stop)
+        start = stop
+
+
+def _header_rows(header: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Neighbors under one head share its cell; a head with nothing below reaches down."""
+    depth, taken = len(header[0]), set[tuple[int, int]]()
+    for level in range(depth):
+        row = "" if level else f'<td rowspan="{depth}"></td>'
+        paths = [heads[: level + 1] for heads in header]
+        for path, group in itertools.groupby(range(len(header)), paths.__getitem__):
+            at, low = [*group], level + 1
+            if (level, at[0]) in taken:
+                continue
+            while low < depth and not any(header[k][low] for k in at):
+                taken |= {(low, k) for k in at}
+                low += 1
+            scope = "col" if len(at) == 1 else f'colgroup" colspan="{len(at)}'
+            reach = f' rowspan="{low - level}"' if low - level > 1 else ""
+            row += f'<th scope="{scope}"{reach}>{escape(path[-1])}</th>'
+        yield f"<tr>{row}</tr>"

@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from defenses import words
 from defenses.results import record
-from defenses.tables import side_by_side
-from tests.measurements import CHAPTER, row
+from defenses.tables import _parts, side_by_side
+from tests.measurements import CHAPTER, PAPER, row
+
+FILES = [PAPER.parent / "results" / file.name for file in sorted(PAPER.glob("*.csv"))]
 
 
 def parsed(html: str) -> tuple[list[list[str]], dict[str, list[str]], str]:
@@ -23,21 +27,73 @@ def parsed(html: str) -> tuple[list[list[str]], dict[str, list[str]], str]:
     return head, body, soup.get_text(" ")
 
 
-def test_an_empty_table_shows_the_papers_numbers_and_a_dash(store: Path) -> None:
-    head, body, text = parsed(side_by_side(CHAPTER, "table13", folder=store).html)
-    assert head == [["", "mnist fgsm"], ["", "0", "0.3"]]
+def caption(html: str) -> str:
+    return BeautifulSoup(html, "html.parser").select("caption")[0].text
+
+
+def test_a_table_with_nothing_measured_is_one_line_that_folds_out(store: Path) -> None:
+    html = side_by_side(CHAPTER, "table13", folder=store).html
+    head, body, _ = parsed(html)
+    assert head == [["FGSM"], ["ε = 0", "ε = 0.3"]]
     assert list(body) == ["None", "conv1", "conv2", "conv3", "conv4", "fc1", "fc2", "fc3"]
     assert body["fc3"] == ["– (99.48)", "– (60.32)"]
-    assert "Table 13: 0 of 16 cells measured" in text
+    (fold,) = BeautifulSoup(html, "html.parser").select("details:not([open]):has(table)")
+    said = "Table 13 · accuracy, % · MNIST: 16 cells printed, none measured yet."
+    assert fold.select("summary")[0].text == said
+    record(CHAPTER, [row("fc3", table="table13")], store)
+    assert "<details" not in side_by_side(CHAPTER, "table13", folder=store).html
 
 
-def test_a_table_of_our_own_keeps_the_papers_order_of_rows(store: Path) -> None:
+def test_the_data_set_and_the_unit_stand_in_the_caption_once(store: Path) -> None:
+    record(CHAPTER, [row(dataset="mnist"), row(table="pgd", dataset="mnist")], store)
+    html = side_by_side(CHAPTER, "table1", columns="mnist", folder=store).html
+    assert caption(html) == "Table 1 · accuracy, % · MNIST"
+    assert "MNIST" not in str(parsed(html)[0]) and "mnist" not in html
+    assert caption(side_by_side(CHAPTER, "pgd", folder=store).html) == (
+        "PGD · accuracy, % · MNIST · ε = 0.3"
+    )
+
+
+def test_every_head_says_what_it_heads(store: Path) -> None:
+    rows = [
+        row(column="mnist lead", metric="mean", table="masking"),
+        row(column="mnist pgd 0.2", table="masking"),
+        row(column="mnist pgd 0.1", table="masking"),
+    ]
+    html = side_by_side(CHAPTER, "masking", measured=rows, folder=store).html
+    heads = BeautifulSoup(html, "html.parser").select("th")
+    assert [(th.text, th["scope"], th.get("colspan"), th.get("rowspan")) for th in heads] == [
+        ("accuracy, %", "colgroup", "2", None),
+        ("mean", "col", None, None),
+        ("PGD", "colgroup", "2", None),
+        ("lead", "col", None, "2"),
+        ("ε = 0.1", "col", None, None),
+        ("ε = 0.2", "col", None, None),
+        ("SM", "row", None, None),
+    ]
+
+
+def test_a_table_of_our_own_has_the_papers_rows_and_the_strongest_attack_first(
+    store: Path,
+) -> None:
     names = ["CCN+LS", "SM", "ours", "CCN"]
-    rows = [row(name, column, table="ours") for name in names for column in ("mnist b", "mnist a")]
-    head, body, text = parsed(side_by_side(CHAPTER, "ours", measured=rows, folder=store).html)
+    attacks = ["clean", "fgsm 0.3", "pgd-10 0.3", "autoattack 0.3", "b", "a"]
+    rows = [row(name, f"mnist {a}", table="ours") for name in names for a in attacks]
+    record(CHAPTER, rows, store)
+    head, body, text = parsed(side_by_side(CHAPTER, "ours", folder=store).html)
     assert list(body) == ["SM", "CCN", "CCN+LS", "ours"]
-    assert head[1] == ["", "a", "b"]
+    assert head[0] == ["AutoAttack", "PGD-10", "FGSM", "clean", "a", "b"]
     assert "the paper has no such table" in text
+
+
+def test_a_live_run_is_named_by_its_data_and_shows_what_it_measured(store: Path) -> None:
+    record(CHAPTER, [row(value=40.0, dataset="mnist", protocol="short")], store)
+    table = side_by_side(CHAPTER, "table1", measured=[row(value=15.0)], folder=store)
+    assert caption(table.html) == "Table 1, this run · accuracy, % · digits · ε = 0.3"
+    assert parsed(table.html)[:2] == ([["FGSM"]], {"SM": ["15.0"]})
+    assert "31.76" not in table.html and "in parentheses" not in table.html
+    same = side_by_side(CHAPTER, "table1", measured=[row(dataset="mnist")], folder=store)
+    assert parsed(same.html)[1] == {"SM": ["50.00 (31.76)"]}
 
 
 def test_a_table_says_how_its_numbers_were_measured(store: Path) -> None:
@@ -45,24 +101,26 @@ def test_a_table_says_how_its_numbers_were_measured(store: Path) -> None:
         row("SM", value=31.0, ci=(28.1, 34.2), protocol="short", dataset="mnist") | {"seed": "0 1"},
         row("CCN", value=80.0, seed=2, n=10_000, protocol="short", dataset="mnist"),
     ]
-    table = side_by_side(CHAPTER, "table1", columns="mnist", measured=rows, folder=store)
+    record(CHAPTER, rows, store)
+    table = side_by_side(CHAPTER, "table1", columns="mnist", folder=store)
     head, body, text = parsed(table._repr_html_())
-    assert head == [["", "mnist fgsm"], ["", "0", "0.1", "0.2", "0.3", "0.4"]]
-    assert body["SM"][3] == "31.00 28.10–34.20 (31.76)"
+    assert head == [["FGSM"], ["ε = 0", "ε = 0.1", "ε = 0.2", "ε = 0.3", "ε = 0.4"]]
+    assert body["SM"][3] == "31.00 28.1–34.2 (31.76)"
     assert body["CCN"][3] == "80.00 (81.38)"
-    assert "2 of 30 cells measured" in text and "95% interval" in text
-    assert "protocol short on mnist; n = 360 to 10,000; seeds 0, 1, 2; a toy; 3 s in all" in text
-    assert "not mnist" not in text and "<sup>" not in table.html
-    assert "31.0" in repr(table) and "protocol short on mnist" in repr(table)
+    assert "2 of 30 cells measured. This book's number first" in text and "95% interval" in text
+    assert "protocol short on MNIST; n = 360 to 10,000; seeds 0, 1, 2; a toy; 3 s in all" in text
+    assert "not MNIST" not in text and "<sup>" not in table.html
+    assert "31.0" in repr(table) and "protocol short on MNIST" in repr(table)
 
 
 def test_a_stand_in_is_never_passed_off_as_the_papers_data_set(store: Path) -> None:
     record(CHAPTER, [row("SM"), row("LS", "cifar10 fgsm 0", dataset="cifar10-jpeg")], store)
     table = side_by_side(CHAPTER, "table1", rows=["SM"], columns="mnist", folder=store)
-    assert "protocol quick on digits, not mnist" in table.html
-    assert "protocol quick on digits, not mnist" in table.text
+    assert caption(table.html) == "Table 1 · accuracy, % · digits"
+    assert "protocol quick on digits, not MNIST" in table.html
+    assert "protocol quick on digits, not MNIST" in table.text
     both = side_by_side(CHAPTER, "table1", folder=store).text
-    assert "on cifar10-jpeg, not cifar10" in both
+    assert "on cifar10-jpeg, not CIFAR-10" in both
 
 
 def test_numbers_of_several_kinds_each_carry_a_mark(store: Path) -> None:
@@ -71,12 +129,13 @@ def test_numbers_of_several_kinds_each_carry_a_mark(store: Path) -> None:
         row("SM", "mnist fgsm 0", 98.0, protocol="short", dataset="mnist"),
         row("CCN", value=20.0, protocol="short", dataset="mnist"),
     ]
-    table = side_by_side(CHAPTER, "table1", columns="mnist", measured=rows, folder=store)
+    record(CHAPTER, rows, store)
+    table = side_by_side(CHAPTER, "table1", columns="mnist", folder=store)
     legend = dict(
         line.split(": ", 1) for line in table.text.splitlines() if re.match("[a-z]: ", line)
     )
     marks = {text.split(";")[0]: mark for mark, text in legend.items()}
-    quick, short = marks["protocol quick on digits, not mnist"], marks["protocol short on mnist"]
+    quick, short = marks["protocol quick on digits, not MNIST"], marks["protocol short on MNIST"]
     _, body, _ = parsed(table.html)
     assert body["SM"][3] == f"10.00 {quick} (31.76)"
     assert body["SM"][0] == f"98.00 {short} (99.50)"
@@ -88,9 +147,9 @@ def test_rows_and_columns_are_chosen_and_ordered(store: Path) -> None:
     choice = {"rows": ["CCN", "SM"], "columns": ["mnist fgsm 0.3", "cifar10 fgsm 8/255"]}
     table = side_by_side(CHAPTER, "table1", **choice, folder=store)
     head, body, text = parsed(table.html)
-    assert head == [["", "mnist fgsm", "cifar10 fgsm"], ["", "0.3", "8/255"]]
+    assert head == [["MNIST", "CIFAR-10"], ["FGSM", "FGSM"], ["ε = 0.3", "ε = 8/255"]]
     assert body == {"CCN": ["– (81.38)", "– (69.65)"], "SM": ["– (31.76)", "– (14.30)"]}
-    assert "0 of 4 cells" in text
+    assert "4 cells printed" in text
     for wrong in ({"rows": ["nobody"]}, {"columns": ["mnist"]}, {"columns": "svhn"}):
         with pytest.raises(ValueError, match=r"no (row|column) .*: expected one of"):
             side_by_side(CHAPTER, "table1", **wrong, folder=store)
@@ -102,14 +161,23 @@ def test_other_metrics_stand_under_their_attack_with_the_papers_decimals(store: 
     rows = [
         row("SM", "mnist c&w", 1.23456, metric="mean distance", table="table11", dataset="mnist"),
         row("SM", "mnist deepfool", 0.2, metric="robustness", table="table3", dataset="mnist"),
+        row("SM", "mnist c&w", 3.14159, metric="mean distance", table="ours", dataset="mnist"),
+        row("LS", "mnist c&w", 3611.92, metric="mean distance", table="ours", dataset="mnist"),
+        row("LS", "mnist c&w", 24.8452, metric="mean distance", table="table11", dataset="mnist"),
     ]
-    table = side_by_side(CHAPTER, "table11", measured=rows, folder=store)
+    record(CHAPTER, rows, store)
+    table = side_by_side(CHAPTER, "table11", folder=store)
     head, body, _ = parsed(table.html)
-    assert head == [["", "mnist c&w"], ["", "mean distance", "success probability"]]
+    assert head == [["C&W"], ["mean distance", "success, %"]]
     assert body["SM"] == ["1.235 (1.393)", "– (100)"]
-    assert "c&amp;w" in table.html
-    _, body, _ = parsed(side_by_side(CHAPTER, "table3", measured=rows, folder=store).html)
+    assert body["LS"][0] == "24.85 (1.626)"
+    assert "C&amp;W" in table.html
+    _, body, _ = parsed(side_by_side(CHAPTER, "table3", folder=store).html)
     assert body["SM"] == ["0.200 (0.225)", "– (0.014)"]
+    assert parsed(side_by_side(CHAPTER, "ours", folder=store).html)[1] == {
+        "SM": ["3.14"],
+        "LS": ["3,612"],
+    }
 
 
 def test_what_the_paper_does_not_have_is_shown_without_its_number(store: Path) -> None:
@@ -118,11 +186,10 @@ def test_what_the_paper_does_not_have_is_shown_without_its_number(store: Path) -
         row("CCN", "mnist pgd 0.3", 4.0),
         row("PGD-trained", value=90.0),
     ]
-    alone = side_by_side(CHAPTER, "stronger", measured=rows, folder=store)
-    assert parsed(alone.html)[1] == {"CCN": ["4.00"]} and "no such table" in alone.text
-    _, body, text = parsed(
-        side_by_side(CHAPTER, "table1", columns="mnist", measured=rows, folder=store).html
-    )
+    record(CHAPTER, rows, store)
+    alone = side_by_side(CHAPTER, "stronger", folder=store)
+    assert parsed(alone.html)[1] == {"CCN": ["4.0"]} and "no such table" in alone.text
+    _, body, text = parsed(side_by_side(CHAPTER, "table1", columns="mnist", folder=store).html)
     assert body["CCN"][3:] == ["– (81.38)", "– (60.65)", "4.00"]
     assert body["PGD-trained"] == ["", "", "", "90.00", "", ""]
     assert "0 of 30 cells measured" in text
@@ -132,5 +199,73 @@ def test_a_table_scrolls_by_itself_and_brings_no_colors(store: Path) -> None:
     html = side_by_side(CHAPTER, "table1", folder=store).html
     soup = BeautifulSoup(html, "html.parser")
     assert {tag["style"] for tag in soup.find_all(style=True)} == {"overflow-x:auto"}
-    assert len(soup.select(".side-by-side-scroll table.table")) == 1
+    assert len(soup.select(".side-by-side-scroll table.table")) == len(soup.select("table"))
     assert "color" not in html
+
+
+def test_a_table_too_wide_for_a_page_is_stacked(store: Path) -> None:
+    soup = BeautifulSoup(side_by_side(CHAPTER, "table1", folder=store).html, "html.parser")
+    heads = [[th.text for th in t.select("thead tr:first-child th")] for t in soup.select("table")]
+    assert heads == [["MNIST"], ["CIFAR-10"]]
+    captions = [tag.text for tag in soup.select("caption")]
+    assert captions == ["Table 1 · accuracy, %", "Table 1 · accuracy, % · continued"]
+    assert [len(table.select("tbody tr:first-child td")) for table in soup.select("table")] == [
+        5,
+        5,
+    ]
+    assert len(soup.select("tbody tr")) == 12
+
+
+@pytest.mark.parametrize(
+    ("heads", "parts"),
+    [
+        ("aaabbbccc", [6, 3]),
+        ("aaabbbcccddd", [6, 6]),
+        ("aaaaaaaaaaa", [6, 5]),
+        ("abcdefgh", [8]),
+        ("aabbbbbbbbbbbb", [2, 7, 5]),
+    ],
+)
+def test_stacks_end_where_a_head_ends(heads: str, parts: list[int]) -> None:
+    header = [(head, str(place)) for place, head in enumerate(heads)]
+    assert [part.stop - part.start for part in _parts(header)] == parts
+
+
+# The words.
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("mnist fgsm 0.3", ("MNIST", "FGSM", "ε = 0.3")),
+        ("cifar10 exact fgsm 8/255", ("CIFAR-10", "exact FGSM", "ε = 8/255")),
+        ("mnist eps=0.3 pgd-margin", ("MNIST", "PGD, margin", "ε = 0.3")),
+        ("mnist deepfool d=0.1", ("MNIST", "DeepFool", "d = 0.1")),
+        ("mnist black-box c&w 10", ("MNIST", "black-box C&W", "c = 10")),
+        ("mnist pgd-100x50 0.3", ("MNIST", "PGD-100 × 50", "ε = 0.3")),
+        ("mnist textbook-100 0.1", ("MNIST", "PGD-100, rounded loss", "ε = 0.1")),
+        ("mnist l2 1.5", ("MNIST", "L₂", "radius 1.5")),
+        ("mnist epoch 08", ("MNIST", "epoch", "8")),
+        ("mnist distance of Eq. 16", ("MNIST", "distance of Eq. 16", "")),
+        ("mnist crafted on Ours", ("MNIST", 'crafted on Prototypes ("Ours")', "")),
+        ("mnist p = 1", ("MNIST", "probability 1", "")),
+        ("apgd-ce", ("", "APGD-CE", "")),
+    ],
+)
+def test_a_column_is_said_in_words(key: str, said: tuple[str, str, str]) -> None:
+    assert words.column(key) == said
+
+
+def test_whom_the_paper_calls_ours_has_a_name() -> None:
+    assert words.row("Ours + AdvTrain PGD") == 'Prototypes ("Ours") + AdvTrain PGD'
+    assert words.row("hours") == "hours"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_no_store_key_is_left_over(file: Path) -> None:
+    """No underscore and no `100x5` in what a reader sees; no two columns with one head."""
+    keys = pd.read_csv(file, dtype=str)[["table", "column", "metric"]].drop_duplicates()
+    said = [words.column(key) for key in keys["column"]]
+    assert [text for name in said for text in name if re.search(r"_|\dx\d|=\S", text)] == []
+    assert not keys.assign(said=said).duplicated(["table", "said", "metric"]).any()
+    assert [title for title in map(words.title, keys["table"]) if "_" in title] == []

@@ -1,0 +1,83 @@
+"""What the pages need beyond the theme: numbers by chapter, descriptions, one title, fewer bytes.
+
+A Sphinx extension; `_config.yml` names it under `local_extensions`.
+"""
+
+import itertools
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.environment.collectors.toctree import TocTreeCollector
+
+UNKNOWN = "https://github.com/OWNER/"  # as long as no address is known
+
+
+def publish(app: Sphinx, config: Any) -> None:
+    """Once there is an address, each page names its own, at GitHub Pages, as the canonical one."""
+    url = config.html_theme_options.get("repository_url", "")
+    if url and not url.startswith(UNKNOWN):
+        owner, _, name = url.removeprefix("https://github.com/").strip("/").partition("/")
+        config.html_baseurl = f"https://{owner}.github.io/{name}/"
+
+
+def number_by_chapter(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Number the chapters, and in each its propositions, exercises and figures: 3.1, 3.2, ..."""
+    root = env.get_doctree(env.config.root_doc)
+    entries = [toctree["entries"] for toctree in root.findall(addnodes.toctree)]
+    chapters = [name for _, name in itertools.chain(*entries) if name.startswith("chapters/")]
+    for number, name in enumerate(chapters, 1):
+        title, *sections = env.tocs[name].findall(nodes.reference)
+        title["secnumber"] = env.titles[name]["secnumber"] = (number,)
+        env.toc_secnumbers[name] = {section["anchorname"]: () for section in sections}
+        env.toc_secnumbers[name][""] = (number,)
+    return [*chapters, *TocTreeCollector().assign_figure_numbers(env)]
+
+
+def describe(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Say in a page's head what it is about: its first paragraph of some length."""
+    if doctree is None:
+        return
+    texts = (p.astext() for p in doctree.findall(nodes.paragraph))
+    text = " ".join(next((text for text in texts if len(text) > 80), "").split())
+    text = re.sub(r"(?<=[.?!]) .{0,200}$", "", text[:300]) if len(text) > 300 else text
+    said = {"og:title": app.env.titles[page].astext(), "og:type": "article"}
+    said |= {"og:description": text}
+    if app.config.html_baseurl:
+        said["og:url"] = context["pageurl"]
+        said["og:image"] = f"{app.config.html_baseurl}_static/hook.png"
+    tags = [f'<meta name="description" content="{escape(text)}" />']
+    tags += [f'<meta property="{key}" content="{escape(value)}" />' for key, value in said.items()]
+    context["metatags"] = context.get("metatags", "") + "\n".join(tags)
+
+
+def mended(html: str) -> str:
+    """A page without what it does not need, and with ids that are each there once.
+
+    Out go the contents that the theme prints first under a second title, and the script that draws
+    icons, for which the style sheet has fonts. sphinx-proof and sphinx-exercise give all their
+    boxes the same ids, to which nothing leads.
+    """
+    html = re.sub(r'<div id="jb-print-docs-body".*?(?=<div id="searchbox")', "", html, flags=re.S)
+    html = re.sub(r"<script[^>]*/fontawesome\.js[^>]*></script>\n?", "", html)
+    return re.sub(r' id="(?:proof|(?:proof|exercise|solution)-content)"', "", html)
+
+
+def mend(app: Sphinx, error: Exception | None) -> None:
+    for page in Path(app.outdir).rglob("*.html") if error is None else ():
+        page.write_text(mended(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("config-inited", publish)
+    app.connect("env-get-updated", number_by_chapter, priority=900)  # after Sphinx's own numbers
+    app.connect("html-page-context", describe)
+    app.connect("build-finished", mend)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,51 @@
+"""Figures: one color a defense, letters that a phone can show, legends off the curves."""
+
+import pytest
+from matplotlib.colors import to_hex
+
+from defenses import plots
+
+PHONE = 343  # pixels that a page has for a figure there
+
+
+def drawn(names: list[str]) -> dict[str, str]:
+    _, axes = plots.panels()
+    plots.curves(axes[0, 0], {name: ([0, 1], [0, 1]) for name in names})
+    return {str(line.get_label()): to_hex(line.get_color()).upper() for line in axes[0, 0].lines}
+
+
+def test_a_defense_has_its_color_in_every_company_and_under_every_name() -> None:
+    alone, among = drawn(["CCN"]), drawn(["LS", "compact", "BatchOut", "CCN"])
+    assert alone["CCN"] == among["CCN"] == among["compact"] == "#0072B2"
+    assert len({name for names in plots.DEFENSES.values() for name in names}) == len(plots.COLOR_OF)
+
+
+def test_other_lines_get_colors_that_no_defense_has_taken() -> None:
+    found = drawn(["one", "PGD", "two", "SM", "three"])
+    assert len(set(found.values())) == 5
+    many = drawn([str(number) for number in range(10)])
+    assert len(set(many.values())) == len(plots.COLORS)
+
+
+def test_letters_can_be_read_on_a_phone() -> None:
+    figure, axes = plots.panels(columns=2)
+    axes[0, 0].set(title="title", xlabel="x")
+    axis = axes[0, 0]
+    texts = [axis.title, axis.xaxis.label, *axis.get_xticklabels()]
+    points = min(text.get_fontsize() for text in texts)
+    assert points * PHONE / (72 * figure.get_figwidth()) >= 9
+
+
+@pytest.mark.parametrize(("names", "columns"), [(1, 1), (1, 2), (6, 1), (6, 2)])
+def test_a_legend_names_each_line_once_and_lies_on_no_panel(names: int, columns: int) -> None:
+    figure, (axes,) = plots.panels(columns=columns)
+    lines = {f"a defense by the name of {k}": ([0, 1], [0, 1]) for k in range(names)}
+    for axis in axes:
+        plots.curves(axis, lines, title="title")
+    plots.legend(figure)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*lines]
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axis.get_tightbbox()) for axis in axes)
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
