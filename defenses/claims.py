@@ -84,14 +84,15 @@ def claims(chapter: str, folder: str | Path | None = None) -> list[Claim]:
     return [Claim(chapter, **each) for each in found]
 
 
-def table(chapter: str, notebook: str = "") -> Prose:
+def table(chapter: str, notebook: str = "", first: int | None = None) -> Prose:
     """The claims of one source, each with both answers and its evidence, as a Markdown table.
 
     `notebook` is the path of the chapter from the page that shows the table; "": it is that page.
+    With `first` only as many claims; the first of a source is its main one.
     """
     rows = [
         [_quoted(each), *_answers(each), f"{each.sentence()} [→]({notebook}#{each.anchor})"]
-        for each in claims(chapter)
+        for each in claims(chapter)[:first]
     ]
     return _markdown(["claim", *ANSWERS, "what our rows say"], rows)
 
