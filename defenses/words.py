@@ -114,7 +114,7 @@ COLUMNS = {
 SHORT = {
     **{name: name.upper() for name in ("fgsm", "bim", "mim", "pgd", "apgd", "fab", "jsma", "c&w")},
     **{"autoattack": "AutoAttack", "deepfool": "DeepFool", "square": "Square", "ce": "CE"},
-    **{"t": "T", "l2": "L₂", "linf": "L∞"},
+    **{"t": "T", "l2": "L₂", "linf": "L∞", "carlini_wagner": "C&W"},
     **{f"layer{number}": f"layer {number}" for number in range(1, 6)},
 }
 
