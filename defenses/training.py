@@ -144,7 +144,7 @@ def fit(
             f"data is {type(data).__name__}, expected what `load_data` returns: of tensors of your "
             "own, ImageData(name, train_images, train_labels, test_images, test_labels, classes)"
         )
-    if isinstance(loss, nn.Module) or not callable(loss):
+    if isinstance(loss, nn.modules.loss._Loss) or not callable(loss):
         raise ValueError(
             f"loss is {loss!r}, expected a function (model, x, y) -> scalar, such as "
             "lambda model, x, y: torch.nn.functional.cross_entropy(model(x), y)"

@@ -156,7 +156,7 @@ def objective(
     judged : bool
         False spares a callable loss that pass: the logits are then an empty tensor.
     """
-    if isinstance(loss, nn.Module):
+    if isinstance(loss, nn.modules.loss._Loss):
         raise ValueError(
             f"loss is {loss}, expected a name or a callable (model, x, y) -> loss of shape (N,): "
             'for cross-entropy say "ce"'
