@@ -154,10 +154,14 @@ def otter_tests(notebook: NotebookNode) -> dict[str, str]:
 
 
 def write(target: Path) -> None:
-    """Write every assignment for both graders, in place of what is in the folder `target`."""
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "nbgrader").mkdir(parents=True)
-    (target / "nbgrader" / "nbgrader_config.py").write_text(NBGRADER_CONFIG)
+    """Write every assignment for both graders into the folder `target`.
+
+    What else lies there stays: submissions, marks, a configuration of one's own.
+    """
+    (target / "nbgrader").mkdir(parents=True, exist_ok=True)
+    config = target / "nbgrader" / "nbgrader_config.py"
+    if not config.exists():
+        config.write_text(NBGRADER_CONFIG)
     for name in names():
         notebook, file = read(name), f"{name}.ipynb"
         student, otter = for_student(notebook), target / "otter" / name
@@ -170,6 +174,7 @@ def write(target: Path) -> None:
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(content, path)
+        shutil.rmtree(instructor / "tests", ignore_errors=True)
         (instructor / "tests").mkdir()
         for test, code in otter_tests(notebook).items():
             (instructor / "tests" / test).write_text(code, encoding="utf-8")

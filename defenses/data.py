@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import numbers
 import os
 import warnings
 import zlib
@@ -176,7 +177,7 @@ def batches(
     """
     if len(images) != len(labels):
         raise ValueError(f"expected a label an image, got {len(images)} and {len(labels)}")
-    if not (isinstance(batch_size, int) and batch_size >= 1):
+    if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
         raise ValueError(f"batch_size is {batch_size!r}, expected an integer >= 1")
     starts = range(0, len(images), batch_size)
     if generator is None:

@@ -249,6 +249,24 @@ def test_students_get_all_that_is_given(written: Path, name: str) -> None:
             assert [line for line in opened if line not in kept] == []
 
 
+def test_what_a_course_has_gathered_stays(tmp_path: Path) -> None:
+    course.write(tmp_path)
+    gathered = [
+        tmp_path / "nbgrader" / "submitted" / "ada" / ATTACKS / f"{ATTACKS}.ipynb",
+        tmp_path / "nbgrader" / "gradebook.db",
+        tmp_path / "nbgrader" / "nbgrader_config.py",
+        tmp_path / "otter" / ATTACKS / "instructor" / "results.json",
+    ]
+    for file in gathered:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("theirs")
+    stale = tmp_path / "otter" / ATTACKS / "instructor" / "tests" / "01-old.py"
+    stale.write_text("a test of an older version")
+    course.write(tmp_path)
+    assert {file.read_text() for file in gathered} == {"theirs"}
+    assert not stale.exists()
+
+
 @pytest.mark.parametrize("broken", ["twice", "open", "unsolved", "worthless"])
 def test_a_broken_source_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
