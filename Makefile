@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book test bench sync execute results status
+.PHONY: book course test bench sync execute results status
 .DELETE_ON_ERROR:
 
 book: .venv/.book
@@ -34,6 +34,10 @@ results: .venv/.sweep
 # What is stored of each table, and which of it comes from code that has changed since.
 status: .venv/.book
 	@$(BIN)/python -m book.campaign status $(if $(CHAPTERS),--chapters $(CHAPTERS))
+
+# For teachers: the assignments for nbgrader and otter, students' and instructors' notebooks.
+course: .venv/.book
+	@$(BIN)/python -m book.course
 
 # For authors: the address into every place that needs it, code formatted, .ipynb and .md in step.
 sync: .venv/.test

@@ -20,6 +20,8 @@ SPELLED_OUT = re.compile(
     r'|clone\\?", .{0,30}?https://github\.com/'
     r'|address = \\?"https://github\.com/'
     r'|repository-code: "https://github\.com/'
+    r'|(?:Repository|Issues|Changelog) = "https://github\.com/'
+    r"|git\+https://github\.com/"
     r")(?P<slug>[\w.-]+/[\w-]+)"
 )
 
@@ -38,6 +40,7 @@ def texts(root: Path) -> list[Path]:
     """The files that may spell the address out."""
     kinds = (
         "*.cff",
+        "pyproject.toml",
         "*.md",
         "book/*.md",
         "book/*.ipynb",

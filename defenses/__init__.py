@@ -5,4 +5,5 @@ from .data import ImageData, load_data
 from .evaluation import evaluate
 from .training import fit
 
+__version__ = "0.1.0"
 __all__ = ["ImageData", "attacks", "evaluate", "fit", "load_data", "models"]

@@ -44,6 +44,15 @@ def adversarial(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) 
     ------
     ValueError
         If share lies elsewhere.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> import defenses
+    >>> attack = partial(pgd, eps=0.2, step_size=0.1, steps=3, early_stop=False)
+    >>> data, model = defenses.load_data("digits"), defenses.models.mnist_fast()
+    >>> loss = adversarial(attack, share=1)
+    >>> history = defenses.fit(model, data, epochs=1, loss=loss, progress=False)
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
@@ -141,6 +150,16 @@ def trades(attack: Callable[..., Tensor], beta: float = 6.0) -> Loss:
     ValueError
         If beta is negative; from the objective, if the attack stops early, or if it starts at the
         images: FGSM, BIM, MIM, PGD without a random start, and any other that never leaves them.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> import torch, defenses
+    >>> attack = partial(pgd, eps=0.2, step_size=0.1, steps=3, early_stop=False)
+    >>> data, model = defenses.load_data("digits"), defenses.models.mnist_fast()
+    >>> adam = torch.optim.Adam(model.parameters(), 2e-3)
+    >>> options = {"loss": trades(attack, beta=3), "optimizer": adam, "progress": False}
+    >>> history = defenses.fit(model, data, epochs=1, **options)
     """
     _check_weight("beta", beta)
 

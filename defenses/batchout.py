@@ -76,6 +76,19 @@ class BatchOut(nn.Module):
     ------
     ValueError
         For eta or k outside [0, 1] or another ``draw``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), BatchOut(), torch.nn.ReLU())
+    >>> model.train()(torch.rand(6, 8)).shape
+    torch.Size([6, 4])
+
+    In eval mode it does nothing:
+
+    >>> x = torch.rand(6, 4)
+    >>> torch.equal(BatchOut().eval()(x), x)
+    True
     """
 
     def __init__(

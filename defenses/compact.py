@@ -30,6 +30,16 @@ class CompactConv2d(nn.Conv2d):
     Shape
     -----
     (N, in_channels, H, W) to (N, out_channels, H', W').
+
+    Examples
+    --------
+    It does not see contrast, but for the constant `delta`:
+
+    >>> import torch
+    >>> layer = CompactConv2d(1, 8, 3, delta=1e-6)
+    >>> x = torch.rand(2, 1, 9, 9)
+    >>> torch.allclose(layer(x), layer(x / 10), atol=1e-3)
+    True
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import numbers
 import os
 import warnings
 import zlib
@@ -103,6 +104,11 @@ def load_data(
         training and test classes of a folder differ.
     FileNotFoundError
         The data are neither there nor to be had by download.
+
+    Examples
+    --------
+    >>> load_data("digits")
+    ImageData(digits: 1,437 training and 360 test images of 1×28×28, 10 classes, on cpu)
     """
     folder = _root(root)
     if name == "digits":
@@ -171,8 +177,8 @@ def batches(
     """
     if len(images) != len(labels):
         raise ValueError(f"expected a label an image, got {len(images)} and {len(labels)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
+        raise ValueError(f"batch_size is {batch_size!r}, expected an integer >= 1")
     starts = range(0, len(images), batch_size)
     if generator is None:
         parts: list[Any] = [slice(start, start + batch_size) for start in starts]

@@ -92,6 +92,12 @@ class Denoise(nn.Module):
     """The block of Fig. 4: x + BN(1×1 convolution(operation(x))).
 
     The scale of the batch normalization starts at zero, so that a new block is the identity.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Denoise(16, mean)(torch.rand(2, 16, 7, 7)).shape
+    torch.Size([2, 16, 7, 7])
     """
 
     def __init__(self, channels: int, operation: Operation | nn.Module) -> None:

@@ -10,8 +10,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from .attacks.contract import attacking, crafted, relative_norm
-from .data import batches, digest
+from .attacks.contract import attacking, check_model, crafted, relative_norm
+from .data import ImageData, batches, digest
 from .layout import taken_by
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -119,6 +119,18 @@ def evaluate(
     ValueError
         Where there are no images; where the attack returns something else than images of the same
         shape, dtype and device, or leaves [0, 1]; and as every attack does.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> import defenses
+    >>> data = defenses.load_data("digits")
+    >>> model = defenses.models.mnist_fast()
+    >>> history = defenses.fit(model, data, epochs=2, progress=False)
+    >>> clean = evaluate(model, data.test)
+    >>> attacked = evaluate(model, data.test, partial(defenses.attacks.fgsm, eps=0.2))
+    >>> attacked.value < clean.value, clean.n
+    (True, 360)
     """
     correct = []
     for x, y in on_device_of(model, data_split, batch_size):
@@ -337,12 +349,30 @@ def seed_interval(
 def on_device_of(
     model: nn.Module, data_split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    images, labels = data_split
+    images, labels = _checked(data_split)
+    check_model(model)
     if not len(images):
         raise ValueError("there are no images to measure on: the split is empty")
     taken = taken_by(model, images)
     for x, y in batches(images, labels, batch_size, **taken.form):
         yield x.to(taken.device), y.to(taken.device)
+
+
+def _checked(data_split: Split) -> Split:
+    if isinstance(data_split, tuple | list) and len(data_split) == 2:
+        for what, values in zip(("images", "labels"), data_split, strict=True):
+            if not isinstance(values, Tensor):
+                raise ValueError(
+                    f"the {what} are {type(values).__name__}, expected a tensor: "
+                    f"torch.as_tensor({what}) makes one"
+                )
+        return data_split[0], data_split[1]
+    found, remedy = type(data_split).__name__, ""
+    if isinstance(data_split, ImageData):
+        remedy = ": data.test"
+    elif isinstance(data_split, Iterable) and not isinstance(data_split, Tensor):
+        remedy = ": of a loader, tuple(torch.cat(part) for part in zip(*loader))"
+    raise ValueError(f"data_split is {found}, expected a pair (images, labels){remedy}")
 
 
 def _attacked(attack: Attack | None, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

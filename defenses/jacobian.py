@@ -103,6 +103,14 @@ def jacobian_penalty(
     ------
     ValueError
         For a weight below 0, an unknown form or layer, or fewer than one image.
+
+    Examples
+    --------
+    >>> import torch, defenses
+    >>> data, model = defenses.load_data("digits"), defenses.models.mnist_fast()
+    >>> adam = torch.optim.Adam(model.parameters(), 2e-3)
+    >>> options = {"loss": jacobian_penalty(0.1), "optimizer": adam, "progress": False}
+    >>> history = defenses.fit(model, data, epochs=1, **options)
     """
     if not weight >= 0:
         raise ValueError(f"weight is {weight}, expected λ >= 0")

@@ -64,6 +64,16 @@ class Prototypes(nn.Module):
     ------
     ValueError
         If the network has no child of some name.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> import defenses
+    >>> network = defenses.models.mnist_six(narrow=8)
+    >>> model = Prototypes(network, {"layer5": (nn.Identity(), 64)})
+    >>> sorted(name for name, _ in model.named_parameters() if name.startswith("w"))
+    ['w.layer5']
+    >>> loss = prototype_conformity(0.1)  # for `defenses.fit`
     """
 
     def __init__(

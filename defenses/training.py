@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from defenses.attacks.contract import asked_later, at_least_float32
+from defenses.attacks.contract import (
+    asked_later,
+    at_least_float32,
+    check_count,
+    check_model,
+    check_whole,
+)
 from defenses.data import ImageData, batches, digest
 from defenses.layout import check_last_batch, own, shown, taken_by
 from defenses.resume import Resumable
@@ -38,6 +44,12 @@ def label_smoothing(share: float = 0.1) -> Loss:
     With share 0.1 and ten classes these are the {1/90, 0.9} of Warde-Farley & Goodfellow (2016).
     PyTorch's own ``label_smoothing`` spreads its share over all K classes, the true one too;
     hence the factor K/(K−1).
+
+    Examples
+    --------
+    >>> import torch, defenses
+    >>> data, model = defenses.load_data("digits"), defenses.models.mnist_fast()
+    >>> history = fit(model, data, epochs=1, loss=label_smoothing(0.1), progress=False)
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must lie in [0, 1), got {share}")
@@ -115,9 +127,33 @@ def fit(
         batch normalization does not take. All before the first step.
     FloatingPointError
         If the loss of an epoch is not finite.
+
+    Examples
+    --------
+    >>> import torch, defenses
+    >>> data = defenses.load_data("digits")
+    >>> model = defenses.models.mnist_fast()
+    >>> adam = torch.optim.Adam(model.parameters(), 2e-3)
+    >>> history = fit(model, data, epochs=2, optimizer=adam, progress=False)
+    >>> history[1]["loss"] < history[0]["loss"]
+    True
     """
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least 1; got {epochs}, {batch_size}")
+    check_model(model)
+    if not isinstance(data, ImageData):
+        raise ValueError(
+            f"data is {type(data).__name__}, expected what `load_data` returns: of tensors of your "
+            "own, ImageData(name, train_images, train_labels, test_images, test_labels, classes)"
+        )
+    if isinstance(loss, nn.modules.loss._Loss) or not callable(loss):
+        raise ValueError(
+            f"loss is {loss!r}, expected a function (model, x, y) -> scalar, such as "
+            "lambda model, x, y: torch.nn.functional.cross_entropy(model(x), y)"
+        )
+    if isinstance(optimizer, type):
+        raise ValueError(f"optimizer is a class: give {optimizer.__name__}(model.parameters(), …)")
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_whole("seed", seed)
     images, labels = data.train
     if not len(images):
         raise ValueError("there are no images to train on: the training data are empty")

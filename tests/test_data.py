@@ -591,7 +591,7 @@ def test_batches_refuse_labels_that_do_not_fit() -> None:
     images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="got 3 and 2"):
         batches(images, torch.arange(2), 2)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0"):
         batches(images, torch.arange(3), 0)
 
 

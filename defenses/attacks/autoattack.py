@@ -17,7 +17,7 @@ from ..data import digest
 from ..identity import layers, weights
 from .apgd import Progress, ascend
 from .blackbox import square_search
-from .contract import Forward, attacking, check_count
+from .contract import Forward, attacking, check_count, check_whole
 from .expectation import Expectation
 from .fab import walk
 from .losses import fools, objective, runners_up
@@ -53,9 +53,53 @@ class Report:
     queries: Tensor
 
 
-def autoattack(model: nn.Module, x: Tensor, y: Tensor, **options) -> Tensor:
-    """AutoAttack; see `autoattack_report`, of whose result this is ``x_adv``."""
-    return autoattack_report(model, x, y, **options).x_adv
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    version: str = "standard",
+    batch_size: int = 500,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+) -> Tensor:
+    """AutoAttack: four attacks with nothing to tune, worst case an image (Croce & Hein, 2020).
+
+    Parameters and errors are those of `autoattack_report`, of whose result this is ``x_adv``.
+
+    Returns
+    -------
+    Tensor
+        Images like `x`: the first that fooled the model, or the image itself where none did.
+
+    Examples
+    --------
+    The logits of `x` differ by 0.8, and a change of ε in every pixel moves that by at most 8ε:
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(4, 2, bias=False)
+    >>> layer.weight.data = torch.tensor([[1.0, -1, 1, -1], [-1.0, 1, -1, 1]])
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), layer)
+    >>> x, y = torch.tensor([[[[0.6, 0.4], [0.6, 0.4]]]]), torch.tensor([0])
+    >>> for eps in (0.09, 0.11):
+    ...     x_adv = autoattack(model, x, y, eps=eps)
+    ...     print(eps, model(x_adv).argmax(dim=1) == y)
+    0.09 tensor([True])
+    0.11 tensor([False])
+    """
+    return autoattack_report(
+        model,
+        x,
+        y,
+        eps=eps,
+        norm=norm,
+        version=version,
+        batch_size=batch_size,
+        seed=seed,
+        checkpoint=checkpoint,
+    ).x_adv
 
 
 def autoattack_report(
@@ -107,6 +151,7 @@ def autoattack_report(
     """
     check_ball(eps, norm)
     check_count("batch_size", batch_size)
+    check_whole("seed", seed)
     if version not in VERSIONS:
         raise ValueError(f"version is {version!r}, expected one of {', '.join(VERSIONS)}")
     attacks = ("clean", *VERSIONS[version])

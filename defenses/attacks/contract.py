@@ -4,6 +4,7 @@ The faults that this file guards against are those that users of other libraries
 left in train mode, NaN logits counted as robustness, a range other than [0, 1].
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -153,11 +154,7 @@ def attacking(
         Where an argument breaks the above; from the forward pass, where the logits have the wrong
         shape or too few classes for the labels; on exit, where a logit or a gradient was NaN.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}, expected a torch.nn.Module, whose mode can be set "
-            "and restored: wrap the function in one"
-        )
+    check_model(model)
     _check_form(x, y, target)
     facts, num_labels = _facts(x, y, target), 0
     later = None if x.device.type == "cpu" else _LATER.get()
@@ -181,6 +178,15 @@ def attacking(
                 later.facts.append(torch.cat([facts, nan.to(facts)]))
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise a ValueError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module, whose mode can be set "
+            "and restored: wrap the function in one"
+        )
+
+
 def crafted(
     attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor, **options
 ) -> Tensor:
@@ -193,6 +199,11 @@ def crafted(
     ValueError
         Unless it is a tensor like `x`: of its shape and dtype, on its device.
     """
+    if not callable(attack):
+        raise ValueError(
+            f"attack is {attack!r}, expected a function (model, x, y) -> x_adv, such as "
+            "functools.partial(attacks.pgd, eps=0.3, step_size=0.01, steps=40)"
+        )
     x_adv = attack(model, x.clone(memory_format=torch.contiguous_format), y.clone(), **options)
     if not isinstance(x_adv, Tensor):
         raise ValueError(f"the attack returned a {type(x_adv).__name__}, expected a tensor like x")
@@ -207,19 +218,24 @@ def crafted(
 def _check_form(x: Tensor, y: Tensor | None, target: Tensor | None) -> None:
     """Raise a ValueError for what can be seen without a look at the values."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        found, remedy = type(x).__name__, "torch.as_tensor(x) makes one"
+        if isinstance(x, Tensor):
+            found, remedy = str(x.dtype), "convert uint8 images with x.float() / 255"
         raise ValueError(
-            f"images are {found}, expected a float32 or float64 tensor in [0, 1]: "
-            "convert uint8 images with x.float() / 255"
+            f"images are {found}, expected a float32 or float64 tensor in [0, 1]: {remedy}"
         )
     if x.ndim != 4:
-        raise ValueError(f"images have shape {tuple(x.shape)}, expected (N, C, H, W)")
+        remedy = ": one image is x[None]" if x.ndim == 3 else ""
+        raise ValueError(f"images have shape {tuple(x.shape)}, expected (N, C, H, W){remedy}")
     for name, labels in (("y", y), ("target", target)):
         if labels is None:
             continue
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(f"{name} is {found}, expected a tensor of int64 class numbers")
+            found = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(
+                f"{name} is {found}, expected a tensor of int64 class numbers: "
+                f"torch.as_tensor({name}, dtype=torch.int64) makes one"
+            )
         if labels.shape != x.shape[:1]:
             raise ValueError(
                 f"{name} has shape {tuple(labels.shape)}, expected ({len(x)},): one label an image"
@@ -273,7 +289,18 @@ def _raise_if_nan(logits: float, gradients: float) -> None:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """`values` in float32, or in float64 where they are: to take a loss of, or a distance."""
+    """`values` in float32, or in float64 where they are: to take a loss of, or a distance.
+
+    Raises
+    ------
+    ValueError
+        Unless they are a tensor, which the outputs of some models are not.
+    """
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"the model returned {type(values).__name__}, expected logits of shape (N, K): "
+            "wrap it in a module that returns them alone"
+        )
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -282,21 +309,39 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def check_whole(name: str, value: int) -> None:
+    """Raise a ValueError unless `value` is an integer, of Python's or of numpy's."""
+    try:
+        operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, expected an integer") from None
+
+
 def check_count(name: str, count: int) -> None:
     """Raise a ValueError unless `count` is an integer >= 1."""
-    if count != int(count) or count < 1:
+    check_whole(name, count)
+    if count < 1:
         raise ValueError(f"{name} is {count}, expected an integer >= 1")
 
 
 def generator_for(
     x: Tensor, seed: int | None, generator: torch.Generator | None
 ) -> torch.Generator | None:
-    """The generator to draw with: `generator`, or a new one for `seed`, or None (torch's own)."""
+    """The generator to draw with: `generator`, or a new one for `seed`, or None (torch's own).
+
+    Raises
+    ------
+    ValueError
+        If both are given, or one is of another type.
+    """
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise ValueError(f"generator is {generator!r}, expected a torch.Generator: or give a seed")
     if seed is None:
         return generator
     if generator is not None:
         raise ValueError("both seed and generator were given: give one")
-    return torch.Generator(x.device).manual_seed(seed)
+    check_whole("seed", seed)
+    return torch.Generator(x.device).manual_seed(int(seed))
 
 
 def relative_norm(x_adv: Tensor, x: Tensor) -> Tensor:
@@ -306,16 +351,18 @@ def relative_norm(x_adv: Tensor, x: Tensor) -> Tensor:
 
 
 def _checked_logits(logits: Tensor, num_images: int, num_labels: int) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != num_images:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model returned {found}, expected logits of shape ({num_images}, K)")
+    logits = at_least_float32(logits)
+    if logits.ndim != 2 or len(logits) != num_images:
+        raise ValueError(
+            f"the model returned {tuple(logits.shape)}, expected logits of shape ({num_images}, K)"
+        )
     num_classes = logits.shape[1]
     if num_classes < max(2, num_labels):
         raise ValueError(
             f"the model has {num_classes} classes, expected at least {max(2, num_labels)}"
             f"{f' for labels up to {num_labels - 1}' if num_labels > 2 else ''}"
         )
-    return at_least_float32(logits)
+    return logits
 
 
 def _note_most(most: Tensor, values: Tensor) -> None:

@@ -55,6 +55,19 @@ def fgsm(
     ------
     ValueError
         For images, labels, a budget or a model that break the above, each with the remedy.
+
+    Examples
+    --------
+    On a linear network one step ends in the best corner of the box.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(4, 2, bias=False)
+    >>> layer.weight.data = torch.tensor([[1.0, -1, 1, -1], [-1.0, 1, -1, 1]])
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), layer)
+    >>> x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    >>> fgsm(model, x, y, eps=0.25)
+    tensor([[[[0.2500, 0.7500],
+              [0.2500, 0.7500]]]])
     """
     return _attack(model, x, y, target, loss, eps, step_size=eps, steps=1, early_stop=False)
 
@@ -109,6 +122,7 @@ def pgd(
     eps: float,
     step_size: float,
     steps: int,
+    norm: str = "linf",
     random_start: bool = True,
     restarts: int = 1,
     loss: str | PerImageLoss = "ce",
@@ -131,6 +145,8 @@ def pgd(
         Length of a step in every pixel, in units of pixels in [0, 1].
     steps : int
         Gradient steps a restart, at least 1.
+    norm : str
+        ``"linf"``. In the L2 ball, `apgd` climbs, and chooses its own steps.
     random_start : bool
         Start at a uniform draw from the ball, clipped to [0, 1], instead of at the image.
     restarts : int
@@ -151,7 +167,28 @@ def pgd(
     ------
     ValueError
         For images, labels, a budget or a model that break the above, each with the remedy.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> import defenses
+    >>> data = defenses.load_data("digits")
+    >>> model = defenses.models.mnist_fast()
+    >>> history = defenses.fit(model, data, epochs=2, progress=False)
+    >>> x, y = data.test_images[:50] / 255, data.test_labels[:50]
+    >>> x_adv = pgd(model, x, y, eps=0.3, step_size=0.03, steps=20, seed=0)
+    >>> bool(((x_adv - x).abs() <= 0.3 + 1e-6).all())
+    True
+
+    As a function of three arguments, for `evaluate`, or to train on:
+
+    >>> attack = partial(pgd, eps=0.3, step_size=0.03, steps=20, seed=0)
+    >>> accuracy = defenses.evaluate(model, (x, y), attack)
+    >>> accuracy.value < defenses.evaluate(model, (x, y)).value
+    True
     """
+    if norm != "linf":
+        raise ValueError(f"norm is {norm!r}, expected 'linf': in the L2 ball take apgd(norm='l2')")
     draw = None
     if random_start:
         draw = partial(random_point, norm="linf", generator=generator_for(x, seed, generator))

@@ -156,6 +156,11 @@ def objective(
     judged : bool
         False spares a callable loss that pass: the logits are then an empty tensor.
     """
+    if isinstance(loss, nn.modules.loss._Loss):
+        raise ValueError(
+            f"loss is {loss}, expected a name or a callable (model, x, y) -> loss of shape (N,): "
+            'for cross-entropy say "ce"'
+        )
     if callable(loss):
         return partial(_of_callable, model, logits_of, loss, judged)
     if loss not in LOSSES:

@@ -7,10 +7,18 @@ NORMS = ("linf", "l2")
 
 
 def check_ball(eps: float, norm: str) -> None:
-    """Raise a ValueError unless `eps` >= 0 and `norm` is one of `NORMS`."""
+    """Raise a ValueError unless `eps` is a radius of the ball of this `norm`, one of `NORMS`.
+
+    In L∞ that is at most 1: all of [0, 1]. What is larger was meant in units of 1/255.
+    """
     check_norm(norm)
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, expected a radius >= 0 in units of pixels in [0, 1]")
+    if isinstance(eps, str) or eps is None or not eps >= 0:
+        raise ValueError(f"eps is {eps!r}, expected a radius >= 0 in units of pixels in [0, 1]")
+    if norm == "linf" and eps > 1:
+        raise ValueError(
+            f"eps is {eps}, expected at most 1: pixels are in [0, 1], where {eps} of 255 gray "
+            f"levels are eps={eps}/255"
+        )
 
 
 def check_norm(norm: str) -> None:
