@@ -40,11 +40,12 @@ course: .venv/.book
 	@$(BIN)/python -m book.course
 
 # For authors: the address into every place that needs it, code formatted, .ipynb and .md in step.
+# Where both sides of a pair were edited it says so and writes neither.
 sync: .venv/.test
 	$(BIN)/python -m book.address
-	$(BIN)/jupytext --quiet --sync chapters/*.md book/*.ipynb
+	$(BIN)/python -m book.pairs
 	$(BIN)/ruff format --quiet chapters book
-	$(BIN)/jupytext --quiet --sync chapters/*.md book/*.ipynb
+	$(BIN)/python -m book.pairs
 
 # For authors: run the committed notebooks in place, at their default parameters.
 execute: sync

@@ -9,11 +9,13 @@ import base64
 import hashlib
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 from nbformat import NotebookNode
 
 from book.build import ROOT, notebooks, run
+from book.pairs import FORMATS, in_step
 
 KEPT = ("accelerator", "colab", "jupytext", "kernelspec")
 KEPT_OF_CELLS = ("mystnb", "nbgrader", "tags")
@@ -51,14 +53,36 @@ def picture(notebook: NotebookNode, tag: str) -> bytes | None:
     return None
 
 
-def main(paths: list[Path]) -> None:
+def main(paths: list[Path]) -> list[str]:
+    """Run each notebook in place; return why some were not written, one message a notebook.
+
+    A run takes minutes, in which an author may save either side of the pair: what was written
+    then would be lost, now or at the next `make sync`.
+    """
+    refused = []
     for path in paths:
-        run(path, path)
-        notebook = clean(nbformat.read(path, as_version=4))
+        if not in_step(path):
+            refused.append(f"{path.name} says other things than its .md: `make sync`, then again")
+            continue
+        before = _sides(path)
+        with TemporaryDirectory() as folder:
+            result = Path(folder, path.name)
+            run(path, result)
+            notebook = clean(nbformat.read(result, as_version=4))
+        if _sides(path) != before:
+            refused.append(f"{path.name} or its .md was edited while it ran: nothing was written")
+            continue
         nbformat.write(notebook, path)
         if hook := picture(notebook, "hook"):
             (ROOT / "book" / "static" / "hook.png").write_bytes(hook)
+    return refused
+
+
+def _sides(path: Path) -> list[bytes]:
+    sides = (path.with_suffix(suffix) for suffix in FORMATS)
+    return [side.read_bytes() if side.exists() else b"" for side in sides]
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]] or [ROOT / page for page in notebooks(ROOT)])
+    chosen = [Path(name) for name in sys.argv[1:]] or [ROOT / page for page in notebooks(ROOT)]
+    sys.exit("\n".join(main(chosen)) or None)

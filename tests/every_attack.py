@@ -21,6 +21,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "pgd": [{"early_stop": False}, {"loss": "dlr"}, {"restarts": 2}],
     "apgd": [{"norm": "l2"}],
     "fab": [{"norm": "l2"}],
+    "fmn": [{"norm": "l2"}, {"norm": "l1"}],
     "square": [{"norm": "l2"}],
     "jsma": [{"output": "logits"}, {"target": "next"}, {"pixels_per_step": 1}],
     "carlini_wagner": [{"target": "second"}],

@@ -130,6 +130,12 @@ ATTACKS: dict[str, Attack] = {
     "APGD, L2": partial(attacks.apgd, eps=0.5, norm="l2", steps=8, seed=0),
     "FAB": partial(attacks.fab, steps=4, targets=2),
     "FAB, L2": partial(attacks.fab, norm="l2", steps=4, targets=2, eps=1.0),
+    "DDN": partial(attacks.ddn, steps=8),
+    "FMN": partial(attacks.fmn, steps=8),
+    "FMN, L2": partial(attacks.fmn, norm="l2", steps=8),
+    "FMN, L1": partial(attacks.fmn, norm="l1", steps=8),
+    "PDPGD": partial(attacks.pdpgd, steps=8),
+    "σ-zero": partial(attacks.sigma_zero, steps=8),
     "Square": partial(attacks.square, eps=0.1, queries=20, seed=0),
     "Square, L2": partial(attacks.square, eps=1.0, norm="l2", queries=20, seed=0),
     "C&W": partial(attacks.carlini_wagner, c=1.0, binary_search_steps=3, steps=20),
@@ -454,6 +460,12 @@ STEPPING: dict[str, Callable[[int], Attack]] = {
     "APGD, L2": stepping(attacks.apgd, eps=2.0, norm="l2", seed=0),
     "FAB": stepping(attacks.fab, targets=1),
     "FAB, within ε": stepping(attacks.fab, targets=1, eps=0.1),
+    "DDN": stepping(attacks.ddn),
+    "FMN": stepping(attacks.fmn),
+    "FMN, L2": stepping(attacks.fmn, norm="l2"),
+    "FMN, L1": stepping(attacks.fmn, norm="l1"),
+    "PDPGD": stepping(attacks.pdpgd),
+    "σ-zero": stepping(attacks.sigma_zero),
     "Square": stepping(attacks.square, "queries", eps=0.3, seed=0),
     "Square, L2": stepping(attacks.square, "queries", eps=2.0, norm="l2", seed=0),
     "C&W": stepping(attacks.carlini_wagner, c=1.0, binary_search_steps=1),
@@ -506,6 +518,7 @@ def costs() -> dict[str, tuple[float, float]]:
 
 # What a step may ask; once, unless said otherwise.
 AT_MOST = {"DeepFool": 2, "JSMA": 3, "PGD, all steps": 0}
+AT_MOST |= dict.fromkeys(["DDN", "FMN", "FMN, L2", "FMN, L1", "PDPGD", "σ-zero"], 0)
 # An attack that drops images on its way asks in every step of training that it serves.
 DROPS = "DeepFool, a fifth of the batch"
 

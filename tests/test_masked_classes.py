@@ -12,6 +12,7 @@ from defenses import attacks, boundary, evaluate
 from defenses.adversarial import divergence, trades
 from defenses.attacks import jsma
 from defenses.attacks.autoattack import autoattack_report
+from defenses.attacks.contract import Forward
 from defenses.attacks.fab import fab
 from defenses.attacks.losses import (
     LOSSES,
@@ -168,6 +169,24 @@ def test_dlr_of_few_classes_is_the_margin() -> None:
     torch.testing.assert_close(dlr(z, y), torch.tensor([-2.0, -2 / 3]))
     torch.testing.assert_close(margin(z, y), torch.tensor([-2.0, -2.0]))
     torch.testing.assert_close(dlr_targeted(z, y, target), lead(z, y, target))
+
+
+@pytest.mark.parametrize("value", [-torch.inf, LOWEST])
+def test_deepfool_spends_no_gradient_on_them(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step looks at every open class but the image's own, and at no other."""
+    asked: list[int] = []
+    gradient = Forward.gradient
+
+    def counted(self: Forward, value: Tensor, x: Tensor, **how: bool) -> Tensor:
+        asked.append(len(x))
+        return gradient(self, value, x, **how)
+
+    monkeypatch.setattr(Forward, "gradient", counted)
+    for name, open_ in {**FIRST, "all": [*range(10)]}.items():
+        asked.clear()
+        _, x, y = given(open_)
+        attacks.deepfool(Masked(open_, value).eval(), x, y, steps=1)
+        assert asked == [len(x)] * (len(open_) - 1), name
 
 
 def test_jsma_passes_over_them_and_pays_for_none() -> None:

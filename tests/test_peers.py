@@ -13,9 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks import autoattack, bim, deepfool, fab, fgsm, mim, pgd
-from defenses.attacks.norms import NORMS, size
-from defenses.evaluation import NORMAL_975
+from defenses.attacks import (
+    autoattack,
+    bim,
+    ddn,
+    deepfool,
+    fab,
+    fgsm,
+    fmn,
+    mim,
+    pdpgd,
+    pgd,
+    sigma_zero,
+)
+from defenses.attacks.norms import NORMS, lp, size
+from defenses.evaluation import NORMAL_975, optimality, queries
 
 pytestmark = pytest.mark.peers
 
@@ -53,13 +65,13 @@ def art_attack(name: str, **options: Any) -> Attacked:
     return attacked
 
 
-def adv_lib_deepfool(**options: Any) -> Attacked:
+def adv_lib_attack(name: str, **options: Any) -> Attacked:
     if "visdom" not in sys.modules:  # adv-lib imports it for plots; it does not build everywhere
         stub: Any = ModuleType("visdom")
         stub.Visdom = object
         sys.modules["visdom"] = stub
     attacks = pytest.importorskip("adv_lib.attacks")
-    return partial(attacks.df, **options)
+    return partial(getattr(attacks, name), **options)
 
 
 def left(model: nn.Module, x_adv: Tensor, y: Tensor) -> float:
@@ -125,7 +137,7 @@ def test_mim_leaves_no_more_accuracy(victim) -> None:
 DEEPFOOL: dict[str, Callable[[], Attacked]] = {
     "foolbox": lambda: foolbox_attack("L2DeepFoolAttack", steps=50, overshoot=0.02),
     "ART": lambda: art_attack("DeepFool", max_iter=50, epsilon=0.02, nb_grads=10, verbose=False),
-    "adv-lib": lambda: adv_lib_deepfool(steps=50, overshoot=0.02),
+    "adv-lib": lambda: adv_lib_attack("df", steps=50, overshoot=0.02),
 }
 
 
@@ -141,6 +153,54 @@ def test_deepfool_goes_no_farther(peer: Callable[[], Attacked], victim) -> None:
     difference = difference[both].double()
     noise = NORMAL_975 * difference.std() / len(difference) ** 0.5
     assert difference.mean() <= noise + 1e-4
+
+
+# The least change: our steps and last looks cost no more than their 200 steps.
+LEAST: dict[str, tuple[str, Attacked, dict[str, Callable[[], Attacked]]]] = {
+    "DDN": (
+        "l2",
+        partial(ddn, steps=194),
+        {
+            "adv-lib": lambda: adv_lib_attack("ddn", steps=200, levels=None),
+            "foolbox": lambda: foolbox_attack("DDNAttack", steps=200),
+        },
+    ),
+    "PDPGD": (
+        "l1",
+        partial(pdpgd, steps=194),
+        {"adv-lib": lambda: adv_lib_attack("pdpgd", norm=1, num_steps=200)},
+    ),
+    "σ-zero": (
+        "l0",
+        partial(sigma_zero, steps=194),
+        {"adv-lib": lambda: adv_lib_attack("sigma_zero", num_steps=200)},
+    ),
+}
+for norm, order, name in (("linf", torch.inf, "LInf"), ("l2", 2, "L2"), ("l1", 1, "L1")):
+    theirs: dict[str, Callable[[], Attacked]] = {
+        "adv-lib": partial(adv_lib_attack, "fmn", norm=order, steps=200),
+        "foolbox": partial(foolbox_attack, f"{name}FMNAttack", steps=200),
+    }
+    LEAST[f"FMN, {norm}"] = (norm, partial(fmn, norm=norm, steps=194), theirs)
+
+
+@pytest.mark.parametrize(("norm", "attack", "peers"), LEAST.values(), ids=LEAST.keys())
+def test_the_least_change_is_as_near_to_the_best_known(
+    norm: str, attack: Attacked, peers: dict[str, Callable[[], Attacked]], victim
+) -> None:
+    """By `optimality`, with what all of them found as the best known."""
+    model, x, y = victim
+    x, y, found = x[:50], y[:50], {}
+    for name, make in {"ours": lambda: attack, **peers}.items():
+        with queries(model) as count:
+            x_adv = make()(model, x, y).detach()
+        size = lp(x_adv - x, norm).double()
+        found[name] = size.masked_fill(model(x_adv).argmax(dim=1) == y, torch.inf)
+        assert count.forward + count.backward <= 401 * len(x)
+    best = torch.stack([*found.values()]).amin(dim=0)
+    score = {name: optimality(size, best) for name, size in found.items()}
+    tie = 1e-3  # of the area
+    assert all(score["ours"] >= score[name] - tie for name in peers), score
 
 
 # Their faults

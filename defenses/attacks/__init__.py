@@ -8,11 +8,15 @@ from .apgd import apgd
 from .autoattack import autoattack, autoattack_report
 from .blackbox import square
 from .carlini_wagner import carlini_wagner
+from .ddn import ddn
 from .deepfool import deepfool
 from .expectation import bpda, eot
 from .fab import fab
+from .fmn import fmn
 from .gradient import bim, fgsm, mim, pgd
+from .pdpgd import pdpgd
 from .saliency import jsma
+from .sigma_zero import sigma_zero
 from .substitute import train_substitute
 
 __all__ = [
@@ -22,13 +26,17 @@ __all__ = [
     "bim",
     "bpda",
     "carlini_wagner",
+    "ddn",
     "deepfool",
     "eot",
     "fab",
     "fgsm",
+    "fmn",
     "jsma",
     "mim",
+    "pdpgd",
     "pgd",
+    "sigma_zero",
     "square",
     "train_substitute",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count, generator_for
+from .cycle import Cycles
 from .losses import Objective, PerImageLoss, fooled_at, fools, objective
 from .norms import check_ball, per_image, random_point
 
@@ -137,6 +138,10 @@ def pgd(
     batch. An image that no iterate of any restart fooled comes back at its highest loss; one that
     needs no attack (misclassified, or at its target, from the start) comes back unchanged.
 
+    A restart ends for an image whose iterate is, bit for bit, one of before: all that would follow
+    has been judged (`defenses.attacks.cycle`). Not so under autocast, with a model that draws, or
+    with a loss of one's own, which may change with the step.
+
     Parameters
     ----------
     model, x, y, eps, loss, target
@@ -226,7 +231,8 @@ def _attack(
         target = None if target is None else target.clone()
         lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
         climb = objective(model, logits_of, loss, judged=early_stop)
-        ascent = _Ascent(logits_of, climb, y, target, lower, upper, step_size, decay)
+        repeats = isinstance(loss, str) and not decay and not logits_of.rounded
+        ascent = _Ascent(logits_of, climb, y, target, lower, upper, step_size, decay, repeats)
         starts = (draw(x, eps) if draw else x for _ in range(restarts))
         if not early_stop:
             return ascent.last_iterate(next(starts), steps)
@@ -249,6 +255,7 @@ class _Ascent:
     upper: Tensor
     step_size: float
     decay: float
+    repeats: bool  # whether an equal iterate has an equal successor
 
     def last_iterate(self, x_t: Tensor, steps: int) -> Tensor:
         every, g = torch.arange(len(x_t), device=x_t.device), torch.zeros_like(x_t)
@@ -261,6 +268,7 @@ class _Ascent:
     def first_fooling(self, x_t: Tensor, steps: int, x_adv: Tensor, height: Tensor) -> None:
         rows = (height < torch.inf).nonzero().squeeze(1)
         x_t, g = x_t[rows], torch.zeros_like(x_t[rows])
+        cycles = Cycles(self.logits_of.model, x_t.device, self.repeats)
         for t in range(steps + 1):
             if not len(rows):
                 return
@@ -271,7 +279,7 @@ class _Ascent:
             height[rows] = torch.maximum(reached, height[rows])
             if t < steps:
                 gradient = self.logits_of.gradient(value, x_t)
-                left = (~fooled).nonzero().squeeze(1)
+                left = cycles.left(x_t, value, fooled)
                 rows = rows[left]
                 x_t, g = self._step(x_t.detach()[left], gradient[left], g[left], rows)
 

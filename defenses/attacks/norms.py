@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 NORMS = ("linf", "l2")
+ORDER = {"linf": torch.inf, "l2": 2, "l1": 1, "l0": 0}
 
 
 def check_ball(eps: float, norm: str) -> None:
@@ -37,6 +38,11 @@ def size(delta: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return delta.abs().flatten(1).amax(dim=1)
     return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+
+
+def lp(delta: Tensor, norm: str) -> Tensor:
+    """`size` in any norm of `ORDER`: L∞, L2, L1, or L0, which counts; shape (N,)."""
+    return torch.linalg.vector_norm(delta.flatten(1), ORDER[norm], dim=1)
 
 
 def steepest(gradient: Tensor, norm: str) -> Tensor:
