@@ -60,7 +60,7 @@ def difference(
 
     `a` and `b` are stored rows: a value with its 95% interval, which is widened as that of a
     normal error or, over several seeds, as Student's. The two errors are taken for independent: on
-    the same images they go together, and this is as a rule wider than a paired test.
+    the same images they go together, and this is wider than a paired test, but for a row at 0%.
 
     Raises
     ------
