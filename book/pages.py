@@ -5,6 +5,7 @@ A Sphinx extension; `_config.yml` names it under `local_extensions`.
 
 import itertools
 import re
+import shutil
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,25 @@ def describe(
     context["metatags"] = context.get("metatags", "") + "\n".join(tags)
 
 
+def offer(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Below a chapter: the rows behind its tables, and what its paper prints, to be taken along."""
+    links = []
+    for folder, said in (("results", "what was measured"), ("paper", "what the paper prints")):
+        file = Path(app.srcdir, "chapters", folder, f"{Path(page).name}.csv")
+        if file.is_file() and len(file.read_bytes().split()) > 1:
+            target = Path(app.outdir, "_static", folder, file.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+            link = context["pathto"](f"_static/{folder}/{file.name}", 1)
+            links.append(f'<a href="{link}" download>{said}</a>')
+    if links:
+        context["body"] += (
+            f'<p class="rows">The numbers of this page, as CSV: {", ".join(links)}.</p>'
+        )
+
+
 def mended(html: str) -> str:
     """A page without what it does not need, and with ids that are each there once.
 
@@ -79,5 +99,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", publish)
     app.connect("env-get-updated", number_by_chapter, priority=900)  # after Sphinx's own numbers
     app.connect("html-page-context", describe)
+    app.connect("html-page-context", offer)
     app.connect("build-finished", mend)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -81,6 +81,17 @@ def test_nothing_is_loaded_from_elsewhere(site: Path, page: str) -> None:
     assert [url for url in used if re.match(r"(https?:)?//", str(url))] == []
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("chapters/results/*.csv")), ids=lambda p: p.stem)
+def test_the_rows_behind_a_page_can_be_taken_along(site: Path, path: Path) -> None:
+    (page,) = (page for page in PAGES if Path(page).stem == path.stem)
+    papers = path.parent.parent / "paper" / path.name
+    files = [path, papers] if len(papers.read_text().splitlines()) > 1 else [path]
+    found = [link["href"] for link in soup(site / page).select("p.rows a[download]")]
+    assert [((site / page).parent / str(link)).read_bytes() for link in found] == [
+        file.read_bytes() for file in files
+    ]
+
+
 def test_no_style_sheet_loads_from_elsewhere(site: Path) -> None:
     for sheet in site.rglob("*.css"):
         found = re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\"']+", sheet.read_text())
