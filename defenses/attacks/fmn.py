@@ -31,8 +31,8 @@ def fmn(
     """Fast minimum norm: δ ← Π_ε(δ + α g/‖g‖₂), clipped, with g the gradient of the loss.
 
     The radius ε becomes (1 − γ) ε where δ fools, at most the smallest norm so far, and (1 + γ) ε
-    where it does not; until one did, it goes for the linearized boundary, ‖δ‖_p + abs(f)/‖g‖_q. α and
-    γ fall along a cosine.
+    where it does not; until one did, it goes for the linearized boundary, ‖δ‖_p + abs(f)/‖g‖_q. α
+    and γ fall along a cosine.
 
     Four things are ours, since without them half of the images of an adversarially trained network
     were never fooled in 200 steps: the loss is the cross-entropy without its saturation, not the
