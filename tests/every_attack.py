@@ -19,7 +19,7 @@ BUDGET: dict[str, Any] = {"eps": 0.3, "step_size": 0.1, "steps": 5, "queries": 2
 BUDGET |= {"binary_search_steps": 2, "c": 1.0, "gamma": 0.3}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "pgd": [{"early_stop": False}, {"loss": "dlr"}, {"restarts": 2}],
-    "apgd": [{"norm": "l2"}],
+    "apgd": [{"norm": "l2"}, {"norm": "l1"}],
     "fab": [{"norm": "l2"}],
     "fmn": [{"norm": "l2"}, {"norm": "l1"}],
     "square": [{"norm": "l2"}],

