@@ -102,8 +102,8 @@ def judge(
     Parameters
     ----------
     left, twin : mapping from a seed to Accuracy
-        What the worst case of all attacks leaves of the defense, and of its twin, for the same
-        seeds and images.
+        What the worst case of all attacks leaves of the defense, and of its twin on the same
+        images; the seeds are those of the defense, and its twin may have more.
     claimed : float, optional
         In percent. Without a claim a defense can help, and no more.
     comparisons : int
@@ -112,11 +112,11 @@ def judge(
     Raises
     ------
     ValueError
-        There is no seed, or the two differ in seeds or images.
+        There is no seed, one of them lacks its twin, or the two differ in images.
     """
-    if not left or left.keys() != twin.keys():
+    if not left or left.keys() - twin.keys():
         raise ValueError(
-            f"seeds {sorted(left)} and {sorted(twin)}: expected the same, at least one"
+            f"seeds {sorted(left)} and {sorted(twin)}: expected one at least, each with its twin"
         )
     p = max(paired(left[seed], twin[seed]) for seed in left)
     ours, theirs = (

@@ -60,8 +60,10 @@ def test_every_seed_must_say_so_and_many_comparisons_ask_for_more() -> None:
     assert judge(few, {0: right(20)}, comparisons=10).word == "does not hold"
 
 
-def test_seeds_must_agree() -> None:
+def test_every_seed_needs_its_twin() -> None:
+    found = judge({0: right(180)}, {0: right(20), 1: right(190)})
+    assert found.word == "helps" and found.twin == pytest.approx(10)
     with pytest.raises(ValueError, match=r"seeds \[0\] and \[1\]"):
         judge({0: right(20)}, {1: right(20)})
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="one at least"):
         judge({}, {})
