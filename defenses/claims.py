@@ -27,9 +27,10 @@ class Claim:
     `at` gives rows a name, ``"table / row / column"`` or ``"… / metric"``, with ``"paper: "`` for
     what the paper prints and another chapter's name for what that one measured. A test of
     `reproduced`, the source's own comparison, or of `holds`, what the source did not run, is
-    ``"a > b"`` or ``"a < b"`` (apart at 99%, divided by the tests of its list), ``"a >= b"`` (at
-    most `MARGIN` below) or ``"a ~ b"`` (within `ALIKE`); a number may stand for `b`, or before it
-    as its factor.
+    ``"a > b"``, ``"a < b"``, ``"a >= b"`` (at most `MARGIN` below) or ``"a ~ b"`` (within
+    `ALIKE`), each at 99%, divided by the tests of its list; a number may stand for `b`, or before
+    it as its factor. In `evidence`, ``{a}`` is a number, ``{a.n}`` of how many images, and
+    ``{a.seeds}`` of which seeds.
     """
 
     chapter: str
@@ -67,13 +68,12 @@ class Claim:
 
     def sentence(self) -> str:
         """The evidence, with its numbers and how they were measured."""
-        texts = {name: _text(row, self.at[name]) for name, row in self.rows.items()}
+        texts = {name: Number(row, self.at[name]) for name, row in self.rows.items()}
         ours = [row for row in self.rows.values() if hasattr(row, "seed")]
         n = sorted({int(row.n) for row in ours if row.n > 1 and row.metric != "ratio"})
         how = f"n = {n[0]:,}" + (f" to {n[-1]:,}" if len(n) > 1 else "") + "; " if n else ""
-        seeds = sorted({seed for row in ours for seed in str(row.seed).split()})
         protocols = ", ".join(dict.fromkeys(f"{row.protocol} on {row.dataset}" for row in ours))
-        how += f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; {protocols}"
+        how += f"{_seeds(*ours)}; {protocols}"
         return f"{self.evidence.format_map(texts)} ({how})"
 
 
@@ -147,8 +147,21 @@ def _decided(yes: bool, no: bool) -> bool | None:
     return True if yes else False if no else None
 
 
-def _text(row: Any, place: str) -> str:
-    if place.startswith("paper: "):
-        return row.printed + "%" * (row.metric == "accuracy")
-    share = row.metric in ("accuracy", "share")
-    return f"{row.value:.1f}%" if share else f"{row.value:.3g}"
+class Number(str):
+    """A row's value as a sentence says it, and what stands behind it."""
+
+    n: str
+    seeds: str
+
+    def __new__(cls, row: Any, place: str) -> "Number":
+        if place.startswith("paper: "):
+            return super().__new__(cls, row.printed + "%" * (row.metric == "accuracy"))
+        share = row.metric in ("accuracy", "share")
+        said = super().__new__(cls, f"{row.value:.1f}%" if share else f"{row.value:.3g}")
+        said.n, said.seeds = f"{int(row.n):,}", _seeds(row)
+        return said
+
+
+def _seeds(*rows: Any) -> str:
+    seeds = sorted({seed for row in rows for seed in str(row.seed).split()})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"

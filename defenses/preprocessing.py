@@ -17,7 +17,7 @@ class ResizePad(nn.Module):
 
     Images (N, C, H, W) keep their shape: they are resized bilinearly to `smallest` … H - 1 pixels
     and padded with zeros. (The paper enlarges 299 pixels to at most 330 and pads to 331; its
-    network takes any size.) Draws from the device's generator, in training and in evaluation.
+    network takes any size.) Draws from PyTorch's global generator, in training and in evaluation.
 
     Raises
     ------

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses import attacks
 from defenses.attacks import bpda, eot, pgd
 from defenses.preprocessing import JPEG, ResizePad
 
@@ -109,7 +108,3 @@ def test_both_wrappers_work_together() -> None:
     assert (x_adv - x).abs().max() <= 0.3 + 1e-6
     for _ in range(20):
         assert (model(x).argmax(1) == 1).all() and (model(x_adv).argmax(1) == 0).all()
-
-
-def test_the_wrapper_is_among_the_attacks() -> None:
-    assert attacks.bpda is bpda
