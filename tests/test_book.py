@@ -470,7 +470,10 @@ def test_chapter_runs_again_only_when_its_inputs_changed(little_book: Path) -> N
     second = run_chapter(little_book)
     assert second != first
     (little_book / "chapters" / "results.csv").write_text("table\n")
-    assert run_chapter(little_book) != second
+    third = run_chapter(little_book)
+    assert third != second
+    (little_book / "chapters" / "paper" / "claims.toml").write_text("# a claim\n")
+    assert run_chapter(little_book) != third
     assert len(list((little_book / "_build" / "executed").iterdir())) == 1
 
 
