@@ -106,7 +106,7 @@ def html(source: Path, target: Path) -> None:
 def _fingerprint(root: Path, notebook: Path) -> str:
     inputs = [root / notebook, *sorted((root / "defenses").rglob("*.py"))]
     inputs += sorted((root / "chapters").rglob("*.csv"))
-    inputs += sorted((root / "chapters").rglob("*.toml"))  # the claims
+    inputs += sorted((root / "chapters" / "paper").glob("*.toml"))  # the claims
     inputs += sorted((root / "defenses").rglob("*.npz"))
     digest = hashlib.sha256(f"{platform.python_version()} {version('torch')}".encode())
     for path in inputs:
