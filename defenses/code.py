@@ -3,7 +3,7 @@
 The code is read, not run. From the cell of a chapter that notes a number the digest follows every
 name: to the cells that bind it, and into `defenses` to the functions, classes and constants that
 bear it, and on to theirs. Comments, docstrings and layout do not count, nor does code that only
-shows: `plots`, `tables`, `prose`.
+shows (`plots`, `tables`, `prose`) or only says how far it is and goes on from there (`BESIDE`).
 """
 
 import ast
@@ -15,7 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-SHOWING = {"plots", "tables", "prose", "results", "run", "code", "outcomes"}
+SHOWING = {"plots", "tables", "prose", "progress", "results", "run", "code", "outcomes"}
+# Decorators, statements, and calls that stand for their first argument: without them the same.
+BESIDE = {("progress", name) for name in ("one_bar", "say", "track")} | {
+    ("checkpoint", "resumable")
+}
 SHOWN = {"nbval-check-output", "remove-input", "reader"}  # tags of cells that measure nothing
 
 
@@ -71,7 +75,7 @@ def _digest(notebook: Path, _changed: int, cell: int | None) -> str:
         if id(statement) in seen or isinstance(statement, ast.Import | ast.ImportFrom):
             continue
         seen.add(id(statement))
-        texts.add(ast.dump(_bare(statement)))
+        texts.add(ast.dump(_Bare(scope).visit(statement)))
         for module, name in _used(statement, scope):
             where = scope if module == "" else _module(module)
             open_ += [(where, found) for found in where.bound.get(name, [])]
@@ -191,9 +195,28 @@ def _binds(statement: ast.stmt) -> set[str]:
     return found - {n.id for target in loops for n in ast.walk(target) if isinstance(n, ast.Name)}
 
 
-def _bare(statement: ast.stmt) -> ast.stmt:
-    """The statement without its docstrings."""
-    for node in ast.walk(statement):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+class _Bare(ast.NodeTransformer):
+    """Takes docstrings out of a statement, and what stands `BESIDE`."""
+
+    def __init__(self, scope: Names) -> None:
+        self.scope = scope
+
+    def beside(self, node: ast.expr) -> bool:
+        name = node.func if isinstance(node, ast.Call) else node
+        return isinstance(name, ast.Name) and self.scope.imports.get(name.id) in BESIDE
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        return node.args[0] if self.beside(node) else node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if self.beside(node.value) else self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.decorator_list = [d for d in node.decorator_list if not self.beside(d)]
+        return self.visit_ClassDef(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef | ast.FunctionDef) -> ast.AST:
+        if ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return statement
+        return self.generic_visit(node)

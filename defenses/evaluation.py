@@ -15,6 +15,7 @@ from .attacks.contract import attacking, check_model, crafted, relative_norm
 from .attacks.norms import lp
 from .data import ImageData, batches, digest
 from .layout import taken_by
+from .progress import one_bar, say, track
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Split = tuple[Tensor, Tensor]
@@ -98,6 +99,7 @@ class Share:
         return wilson(self.value * self.n, self.n)
 
 
+@one_bar
 def evaluate(
     model: nn.Module, data_split: Split, attack: Attack | None = None, *, batch_size: int = 500
 ) -> Accuracy:
@@ -154,6 +156,7 @@ def epsilon_curve(
     }
 
 
+@one_bar
 def transfer_matrix(
     models: Mapping[str, nn.Module], data_split: Split, attack: Attack, *, batch_size: int = 500
 ) -> dict[tuple[str, str], Accuracy]:
@@ -163,7 +166,7 @@ def transfer_matrix(
     """
     correct: dict[tuple[str, str], list[Tensor]] = {}
     taken = {name: taken_by(model, data_split[0]) for name, model in models.items()}
-    for crafted_on, source in models.items():
+    for crafted_on, source in track(models.items(), len(models)):
         for x, y in on_device_of(source, data_split, batch_size):
             x_adv = _attacked(attack, source, x, y)
             for tested_on, model in models.items():
@@ -216,6 +219,7 @@ class Perturbations:
     images: str = ""
 
 
+@one_bar
 def perturbations(
     model: nn.Module, data_split: Split, attack: Attack, *, batch_size: int = 500
 ) -> Perturbations:
@@ -277,6 +281,7 @@ def queries(model: nn.Module) -> Iterator[Queries]:
         hook.remove()
 
 
+@one_bar
 def distances(
     model: nn.Module,
     data_split: Split,
@@ -429,7 +434,9 @@ def on_device_of(
     if not len(images):
         raise ValueError("there are no images to measure on: the split is empty")
     taken = taken_by(model, images)
-    for x, y in batches(images, labels, batch_size, **taken.form):
+    for x, y in track(
+        batches(images, labels, batch_size, **taken.form), -(-len(images) // batch_size)
+    ):
         yield x.to(taken.device), y.to(taken.device)
 
 
@@ -453,6 +460,7 @@ def _checked(data_split: Split) -> Split:
 def _attacked(attack: Attack | None, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     if attack is None:
         return x
+    say(attack)
     return crafted(attack, model, x, y).detach()
 
 

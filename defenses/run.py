@@ -1,13 +1,15 @@
 """What all measurements of one run of a chapter share, and the folder that it goes on from."""
 
+import ast
 import contextlib
+import itertools
 import json
 import os
 import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +19,12 @@ import torch
 from matplotlib.figure import Figure
 
 from defenses import code, outcomes
+from defenses.checkpoint import kept_in
 from defenses.data import NAMES
-from defenses.results import KEY, PROTOCOLS, chapters_folder, measure
+from defenses.results import COLUMNS, KEY, PROTOCOLS, chapters_folder, measure
 
 T = TypeVar("T")
+DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
 
 
 @dataclass
@@ -39,14 +43,15 @@ class Run:
     results : str
         A folder for what the run measures and trains, made where it is missing. A later run with
         the same folder goes on from it: what is there is neither trained nor measured again. Empty:
-        nothing is kept.
+        `does-it-hold` on Google Drive, if Colab has mounted it; else nothing is kept.
     only : str
         The one network (or other name given to `networks`) to work on; empty: all.
 
     Raises
     ------
     ValueError
-        A parameter is not of its type, names nothing known, or asks for what is not there.
+        A parameter is not of its type, names nothing known, or asks for what is not there; or
+        papermill was given a name that the chapter's parameters do not have.
     """
 
     chapter: str
@@ -59,8 +64,12 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     known: list[str] = field(default_factory=list, repr=False)
     _last: float = field(default_factory=time.perf_counter, repr=False)
+    _owed: float = field(default=0.0, repr=False)  # seconds of training that no row has yet
+    _begun: dict[Path, float] = field(default_factory=dict, repr=False)
+    _trained: dict[str, float] = field(default_factory=dict, repr=False)  # since the row before
 
     def __post_init__(self) -> None:
+        _refuse_unknown(getattr(sys.modules["__main__"], "In", []))
         for name in ("protocol", "dataset", "device", "results", "only"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
@@ -78,6 +87,8 @@ class Run:
                 f"unknown data set {self.dataset!r}: expected one of {', '.join(NAMES)}"
             )
         self.device = _device(self.device)
+        if not self.results and "google.colab" in sys.modules and DRIVE.is_dir():
+            self.results = str(DRIVE / "does-it-hold")
         if self.results:
             _writable(Path(self.results))
 
@@ -85,6 +96,11 @@ class Run:
     def full(self) -> bool:
         """Whether the run is more than a quick one."""
         return self.protocol != "quick"
+
+    @property
+    def own(self) -> bool:
+        """Whether it is somebody's own, unlike the quick one that the pages are made with."""
+        return self.full or bool(self.results)
 
     def networks(self, names: Iterable[T]) -> list[T]:
         """Those of `names` that this run is to work on: all, or the one that `only` names."""
@@ -100,8 +116,10 @@ class Run:
         """The file that the training called `name` goes on from; None where nothing is kept."""
         if not self.results:
             return None
-        folder = f"{_file_name(self.dataset)}-{self.protocol}-{self.seed}"
-        return Path(self.results, "checkpoints", folder, self.chapter, f"{_file_name(name)}.pt")
+        file = Path(self.results, "checkpoints", self._of, self.chapter, f"{_file_name(name)}.pt")
+        if self.only in ("", name) or name not in self.known:  # another's training is not ours
+            self._begun[file] = _seconds(file)
+        return file
 
     def note(
         self, table: str, row: str, column: str, outcome: Any, metric: str = "accuracy"
@@ -110,35 +128,56 @@ class Run:
 
         `defenses.evaluation` makes such outcomes; the interval of a percentage is in [0, 1]. Where
         `outcome` is a function without arguments, it is called only if the folder `results` does
-        not hold what it returned before, from the same code. The row's seconds are those since the
-        row before it.
+        not hold what it returned before, from the same code; an AutoAttack in it goes on from
+        where it was killed. The row's seconds are those since the row before it, and those that a
+        training had taken before it was resumed.
         """
+        self._settle()
         place, behind = (table, row, column, metric), self._code()
         stored = self._stored.get(place)
         if stored is not None and callable(outcome) and stored["code"] == behind:
             kept = outcomes.from_json(stored["outcome"])
-            self.rows.append({name: stored[name] for name in stored if name != "outcome"})
+            self.rows.append({name: stored[name] for name in COLUMNS})
             self._last = time.perf_counter()
             return kept
-        outcome = outcome() if callable(outcome) else outcome
+        with kept_in(self.file.with_suffix(".attacks") if self.results else None):
+            return self._measured(place, behind, outcome() if callable(outcome) else outcome)
+
+    def _measured(self, place: tuple[str, ...], behind: str, outcome: Any) -> Any:
+        self._settle()
         shown = hasattr(outcome, "percent")
         number, scale = (outcome.percent, 100) if shown else (outcome.value, 1)
         ci = (scale * outcome.ci[0], scale * outcome.ci[1])
         now = time.perf_counter()
         how: dict[str, Any] = {"protocol": self.protocol, "dataset": self.dataset}
-        how |= {"device": self.device, "seed": self.seed, "seconds": now - self._last}
+        how |= {"device": self.device, "seed": self.seed}
+        how |= {"seconds": now - self._last + self._owed}
         how |= {"n": outcome.n, "ci": ci, "code": behind}
         how |= {"images": getattr(outcome, "images", "")}
         self.rows.append(measure(*place, number, **how))
-        self._last = now
+        self._last, self._owed = now, 0.0
         if self.results:
-            self._append(self.rows[-1] | {"outcome": outcomes.to_json(outcome)})
+            more = {"outcome": outcomes.to_json(outcome), "trained": self._trained}
+            self._append(self.rows[-1] | more)
+            self._trained = {}
         return outcome
+
+    def _settle(self) -> None:
+        """Owe the seconds of trainings to the next row, also those from before they were resumed.
+
+        A row that is kept and not measured must not swallow them, so the clock forgets them.
+        """
+        for file, before in self._begun.items():
+            seconds, name = _seconds(file), file.stem
+            self._owed += seconds - self._paid.get(name, 0.0)
+            self._last += seconds - before
+            self._paid[name] = self._trained[name] = seconds
+        self._begun.clear()
 
     def keep(self, name: str, figure: Figure) -> Figure:
         """Return `figure`; also write it to `figures/CHAPTER-NAME.png` in the folder `results`."""
         if self.results:
-            folder = Path(self.results, "figures", f"{self.dataset}-{self.protocol}-{self.seed}")
+            folder = Path(self.results, "figures", self._of)
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{self.chapter}-{name}.png")
         return figure
@@ -153,6 +192,18 @@ class Run:
         parts = [self.dataset, self.protocol, self.seed, self.only or "all"]
         name = "-".join(_file_name(str(part)) for part in parts)
         return Path(self.results, "rows", self.chapter, f"{name}.jsonl")
+
+    @property
+    def _of(self) -> str:
+        return f"{_file_name(self.dataset)}-{self.protocol}-{self.seed}"
+
+    @cached_property
+    def _paid(self) -> dict[str, float]:
+        """The seconds of trainings that the seconds of rows hold, by the name of the file."""
+        paid: dict[str, float] = {}
+        for row in read_rows(self.file):
+            paid |= row.get("trained", {})
+        return paid
 
     @cached_property
     def _stored(self) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -211,6 +262,29 @@ def _file_name(text: str) -> str:
     """`text` as a name that every file system takes; two texts have two names."""
     safe = re.sub(r"[^\w.+=-]+", "_", text)
     return safe if safe == text else f"{safe}~{zlib.crc32(text.encode()):08x}"
+
+
+def _seconds(file: Path) -> float:
+    """How long the training in a checkpoint has taken so far; 0 where `fit` could not read it."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return sum(float(epoch["seconds"]) for epoch in saved["history"])
+    except Exception:
+        return 0.0
+
+
+def _refuse_unknown(cells: Sequence[str]) -> None:
+    """Raise a ValueError where papermill set a name that the cell before it does not have.
+
+    papermill itself writes its cell, which begins with `# Parameters`, and runs on.
+    """
+    for before, cell in itertools.pairwise(cells):
+        if cell.startswith("# Parameters\n"):
+            known = {s.target.id for s in ast.parse(before).body if isinstance(s, ast.AnnAssign)}
+            given = {s.targets[0].id for s in ast.parse(cell).body if isinstance(s, ast.Assign)}
+            if known and given - known:
+                unknown, expected = (", ".join(sorted(s)) for s in (given - known, known))
+                raise ValueError(f"no parameter is called {unknown}: expected one of {expected}")
 
 
 def _device(name: str) -> str:

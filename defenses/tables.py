@@ -11,6 +11,7 @@ import pandas as pd
 
 from defenses import words
 from defenses.results import KEY, best, printed
+from defenses.run import Run
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +29,7 @@ class Table:
 
 
 def side_by_side(
-    chapter: str,
+    chapter: str | Run,
     table: str,
     rows: Sequence[str] | None = None,
     columns: str | Sequence[str] | None = None,
@@ -38,8 +39,11 @@ def side_by_side(
 
     Parameters
     ----------
-    chapter, table : str
-        The table may be one that only we have measured.
+    chapter : str or Run
+        With a run of somebody's own (longer than quick, or kept in a folder), what it measured
+        stands below what is stored, where the two differ.
+    table : str
+        It may be one that only we have measured.
     rows : names, optional
         Those to show, in this order; default: all, in the paper's order, then what only we have
         (rows in the order in which the paper first names them, columns with the strongest attack
@@ -57,12 +61,18 @@ def side_by_side(
     ValueError
         Neither the paper nor the measurements have such a table, row or column.
     """
+    run, folder = (chapter if isinstance(chapter, Run) else None), choice.get("folder")
+    chapter = chapter.chapter if isinstance(chapter, Run) else chapter
     ours, live = best(chapter, **choice), choice.get("measured") is not None
-    theirs = printed(chapter, choice.get("folder"))[[*KEY, "printed"]]
+    mine = run.rows if run and run.own and not live else []
+    own = best(chapter, [row for row in mine if row["table"] == table], folder=folder)
+    theirs = printed(chapter, folder)[[*KEY, "printed"]]
     places = {row: place for place, row in enumerate(theirs["row"].unique())}
     more = ours[ours["own"] == ""].sort_values(KEY)
     more = more.sort_values("row", key=lambda row: row.map(places), kind="stable")
-    cells = pd.concat([theirs.merge(ours, on=KEY, how="left"), more])
+    cells = pd.concat([theirs.merge(ours, on=KEY, how="left"), more, own[KEY]])
+    cells = cells.drop_duplicates(KEY)
+    cells = cells.merge(own[[*KEY, "value"]], on=KEY, how="left", suffixes=("", "_of_run"))
     cells = cells[cells["table"].isin(_chosen("table", [table], cells["table"]))]
     names = [*dict.fromkeys(cells.loc[cells["printed"].notna(), "column"])]
     names += sorted({*cells["column"]} - {*names}, key=words.rank)
@@ -73,7 +83,7 @@ def side_by_side(
 
     measured = cells[cells["value"].notna()]
     if live and len(measured):
-        same = [data.startswith(own) for data, own in measured[["dataset", "own"]].to_numpy()]
+        same = [data.startswith(their) for data, their in measured[["dataset", "own"]].to_numpy()]
         cells = measured = measured.assign(printed=measured["printed"].where(same, ""))
         rows = [row for row in rows if row in {*cells["row"]}]
         columns = [column for column in columns if column in {*cells["column"]}]
@@ -91,7 +101,9 @@ def side_by_side(
 
     title = " · ".join([words.title(table) + ", this run" * live, *said])
     asked, filled = ((frame["printed"] != "").sum() for frame in (cells, measured))
-    if not len(measured):
+    own = own.merge(cells[KEY], on=KEY)
+    nothing = measured.empty and own.empty
+    if nothing:
         note = f"{asked} cells printed, none measured yet."
     elif asked:
         note = f"{filled} of {asked} cells measured. This book's number first, with its 95% "
@@ -100,9 +112,12 @@ def side_by_side(
         note = "This book's numbers, with 95% intervals"
         note += "." if live else "; the paper has no such table."
     legend = [_how(marks.get(kind, ""), kind, group) for kind, group in kinds.items()]
+    if len(own):
+        note += f" This run measured {len(own)} of them; where it differs, its number is below."
+        legend += [_how("this run", kind, g) for kind, g in own.groupby(["protocol", "dataset"])]
     text = "\n".join([title, as_text.to_string(), note, *legend])
     page = _page(as_html, header, title, note, legend)
-    if not len(measured):
+    if nothing:
         page = f"<details><summary>{escape(f'{title}: {note}')}</summary>{page}</details>"
     return Table(page, text)
 
@@ -119,17 +134,22 @@ def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple
     """HTML and text: the paper's decimals, or four digits, whichever is less."""
     share = words.METRICS.get(cell.metric, "").endswith("%")
     digits = digits or (1 if share else 2)
-    ours, interval, mark = "–", "", marks.get((cell.protocol, cell.dataset), "")
-    if not math.isnan(cell.value):
-        digits = digits if share else min(digits, max(0, 4 - len(f"{abs(cell.value):.0f}")))
-        ours = f"{cell.value:,.{digits}f}"
+
+    def number(value: float) -> str:
+        few = digits if share else min(digits, max(0, 4 - len(f"{abs(value):.0f}")))
+        return "–" if math.isnan(value) else f"{value:,.{few}f}"
+
+    ours, interval, mark = number(cell.value), "", marks.get((cell.protocol, cell.dataset), "")
+    of_run = "" if number(cell.value_of_run) in ("–", ours) else number(cell.value_of_run)
     if cell.ci_low < cell.ci_high:
-        digits = 1 if share else digits
+        digits = 1 if share else len(ours.partition(".")[2])
         interval = f"{cell.ci_low:,.{digits}f}–{cell.ci_high:,.{digits}f}"
     html = [f'<b class="ours">{ours}</b>' + (f"<sup>{mark}</sup>" if mark else "")]
     html += [f'<small class="interval">{interval}</small>'] if interval else []
     html += [f'<small class="paper">({cell.printed})</small>'] if cell.printed else []
-    return "<br>".join(html), f"{ours}{mark}" + (f" ({cell.printed})" if cell.printed else "")
+    html += [f'<small class="run">this run {of_run}</small>'] if of_run else []
+    text = f"{ours}{mark}" + f" ({cell.printed})" * bool(cell.printed)
+    return "<br>".join(html), text + f" | {of_run}" * bool(of_run)
 
 
 def _header(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from tqdm import tqdm
 
 from defenses.attacks.contract import (
     asked_later,
@@ -27,6 +26,7 @@ from defenses.attacks.contract import (
 )
 from defenses.data import ImageData, batches, digest
 from defenses.layout import check_last_batch, own, shown, taken_by
+from defenses.progress import one_bar, tqdm, track
 from defenses.resume import Resumable
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -64,6 +64,7 @@ def label_smoothing(share: float = 0.1) -> Loss:
     return loss
 
 
+@one_bar
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -193,7 +194,7 @@ def fit(
         if len(history) < epochs:
             one = next(batches(images[:1], labels[:1], 1, **taken.form))
             check_last_batch(model, *one, len(images), batch_size, loss)
-        for epoch in range(len(history), epochs):
+        for epoch in track(range(len(history), epochs), epochs - len(history)):
             start, total = time.perf_counter(), torch.zeros((), device=device, dtype=taken.dtype)
             model.train()
             bar = {"total": -(-len(images) // batch_size), "leave": False, "disable": not progress}

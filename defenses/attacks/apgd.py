@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .contract import Forward, attacking, check_count, generator_for
 from .losses import Objective, PerImageLoss, fooled_at, fools, objective
 from .norms import (
@@ -89,7 +90,7 @@ def apgd(
         target = None if target is None else target.clone()
         climb = objective(model, logits_of, loss)
         state = Progress.of(x, fools(logits_of.exact(x), y, target))
-        for _ in range(restarts):
+        for _ in track(range(restarts), restarts):
             start = random_point(x, eps, norm, draw)
             ascend(logits_of, climb, x, y, target, target, start, eps, norm, steps, state)
         return state.x_adv
@@ -156,7 +157,7 @@ def ascend(
     f, eta = torch.full_like(f_max, torch.inf), torch.full_like(f_max, eps if sparse else 2 * eps)
     pixels = torch.full_like(f_max, SHARE * x.flatten(1).shape[1])  # k
     rises, halved = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-    for k in range(steps + 1):
+    for k in track(range(steps + 1), steps + 1):
         if not len(rows):
             return
         x_t = x_t.detach().requires_grad_(k < steps)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import load, save
+from ..checkpoint import load, resumable, save
 from ..data import digest
 from ..identity import layers, weights
+from ..progress import one_bar, say, track
 from .apgd import Progress, ascend
 from .blackbox import square_search
 from .contract import Forward, attacking, check_count, check_whole
@@ -30,6 +31,9 @@ VERSIONS = {
 }
 STEPS, TARGETS, SAMPLES = 100, 9, 20
 QUERIES, P_INIT, SCHEDULE = 5_000, 0.8, 10_000  # the schedule is not shortened with the queries
+# Passes through the network for each image that resists, in one direction or the other.
+COST = {"clean": 1, "apgd-ce": 2 * STEPS, "apgd-dlr": 2 * STEPS, "apgd-t": 2 * STEPS * TARGETS}
+COST |= {"fab-t": 3 * STEPS * TARGETS, "square": QUERIES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,8 @@ def autoattack(
     ).x_adv
 
 
+@resumable
+@one_bar
 def autoattack_report(
     model: nn.Module,
     x: Tensor,
@@ -166,12 +172,15 @@ def autoattack_report(
             run |= {f"layer {name}": text for name, text in layers(model).items()}
             done = _resumed(checkpoint, run, done)
         stages = itertools.product(range(0, len(x), batch_size), range(len(attacks)))
-        for stage, (first, k) in enumerate(stages):
+        for stage, (first, k) in track(
+            enumerate(stages), _costs(attacks, -(-len(x) // batch_size), done["stage"])
+        ):
             if stage < done["stage"]:
                 continue
             draw = torch.Generator(x.device).manual_seed(1_000_003 * seed + stage)
             left = done["broken_by"][first : first + batch_size] == len(attacks)
             rows = first + left.nonzero().squeeze(1)
+            say(f"AutoAttack, {attacks[k]} on {len(rows)} of {len(x)} images")
             found = _attack(attacks[k], logits_of, attacked, x[rows], y[rows], eps, norm, draw)
             done["x_adv"][rows] = torch.where(per_image(found.fooled), found.x_adv, x[rows])
             done["broken_by"][rows] = torch.where(found.fooled, k, len(attacks))
@@ -201,12 +210,12 @@ def _attack(
         fooled = fools(logits_of.exact(x_best), y)
         found = Progress(x_best, torch.where(fooled, torch.inf, -torch.inf), queries)
     elif name == "fab-t":
-        for target in targets:
+        for target in track(targets, TARGETS):
             walk(logits_of, x, y, target, norm, STEPS, eps, found)
         found.height[found.height >= -eps] = torch.inf
     elif name == "apgd-t":
         climb = objective(model, logits_of, "dlr" if classes > 3 else "margin")
-        for target in targets:
+        for target in track(targets, TARGETS):
             start = random_point(x, eps, norm, draw)
             ascend(logits_of, climb, x, y, target, None, start, eps, norm, STEPS, found)
     elif name != "clean":
@@ -215,6 +224,12 @@ def _attack(
         start = random_point(x, eps, norm, draw)
         ascend(logits_of, climb, x, y, None, None, start, eps, norm, STEPS, found)
     return found
+
+
+def _costs(attacks: tuple[str, ...], num_batches: int, done: int) -> list[int]:
+    """Passes for an image of each stage, of which the first are `done`."""
+    costs = [COST[name] for name in attacks] * num_batches
+    return [0] * done + costs[done:]
 
 
 def _begin(x: Tensor, unbroken: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..progress import track
 from .contract import attacking, check_count, generator_for
 from .losses import fooled_at, fools, margin
 from .norms import check_ball, per_image
@@ -98,7 +99,7 @@ def square_search(
         rows = (~fools(logits_of.exact(x_adv), y)).nonzero().squeeze(1)
         x, y, x_best = x_adv[rows], y[rows], x_adv[rows]
         best = x.new_full((len(x),), -torch.inf)
-        for query in range(1, queries + 1):
+        for query in track(range(1, queries + 1), queries):
             if not len(rows):
                 break
             draw = partial(_draw, x_adv, generator, rows)

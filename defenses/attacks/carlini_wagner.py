@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .contract import Forward, attacking, check_count
 from .losses import fools, margin, runners_up
 from .norms import per_image
@@ -103,7 +104,7 @@ def carlini_wagner(
 
         best = x_adv.new_full((len(rows),), torch.inf)
         c_i, lower, upper = torch.full_like(best, c), torch.zeros_like(best), best
-        for _ in range(binary_search_steps):
+        for _ in track(range(binary_search_steps), binary_search_steps):
             x_c, distance = search.nearest(torch.arange(len(rows), device=x.device), c_i)
             nearer = distance < best
             x_adv[rows] = torch.where(per_image(nearer), x_c, x_adv[rows])
@@ -144,7 +145,7 @@ class _Search:
         m, v, x_best, at = torch.zeros_like(w), torch.zeros_like(w), x, reached
         best = lowest = c.new_full((len(c),), torch.inf)
         since = torch.zeros_like(rows)
-        for t in range(1, self.steps + 1):
+        for t in track(range(1, self.steps + 1), self.steps):
             if not len(rows):
                 break
             tanh = (SHRINK * w).tanh()

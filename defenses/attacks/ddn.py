@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .nearest import Search, annealed, nearest
 from .norms import lp, per_image, steepest
 
@@ -59,7 +60,7 @@ def _search(search: Search, steps: int, gamma: float) -> None:
     x, x_t = search.x, search.x
     eps = torch.ones_like(search.distance)
     farthest = lp(torch.maximum(x, 1 - x), "l2")
-    for k in range(steps):
+    for k in track(range(steps), steps):
         _, gradient, fooled = search.look(x_t, "ce")
         delta = x_t - x + annealed(1.0, 0.01, k, steps) * steepest(gradient, "l2")
         eps = torch.minimum(torch.where(fooled, 1 - gamma, 1 + gamma) * eps, farthest)

@@ -7,6 +7,7 @@ Moosavi-Dezfooli, Fawzi & Frossard (2016), Alg. 2; the max-residue-ratio is Eq. 
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .contract import Forward, attacking, check_count, relative_norm, widest
 from .losses import fools, masked
 from .norms import per_image
@@ -76,7 +77,7 @@ def deepfool(
         x = x.detach().clone()
         x_adv, x_i = x.clone(), x.clone()
         rows = torch.arange(len(x), device=x.device)
-        for step in range(steps + 1):
+        for step in track(range(steps + 1), steps + 1):
             if not len(rows):
                 break
             f = logits_of(x_i.requires_grad_(step < steps))

@@ -7,6 +7,7 @@ box [0, 1], it is drawn back towards the original image, and it goes on after th
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .apgd import Progress
 from .contract import Forward, attacking, check_count
 from .losses import LEAD, fools, lead, masked, runners_up
@@ -67,7 +68,7 @@ def fab(
         x, y = x.detach().clone(), y.clone()
         logits = logits_of.exact(x)
         state = Progress.of(x, fools(logits, y))
-        for target in runners_up(logits, y, targets).unbind(dim=1):
+        for target in track(runners_up(logits, y, targets).unbind(dim=1), targets):
             walk(logits_of, x, y, target, norm, steps, eps, state)
         enough = state.height >= (-torch.inf if eps is None else -eps)
         return torch.where(per_image(enough), state.x_adv, x)
@@ -86,7 +87,7 @@ def walk(
     """Alg. 1 towards one class; `state.height` is minus the distance of the nearest success."""
     rows = (state.height < (torch.inf if eps is None else -eps)).nonzero().squeeze(1)
     x_i = x[rows]
-    for _ in range(steps):
+    for _ in track(range(steps), steps):
         if not len(rows):
             return
         x_0, label = x[rows], y[rows]

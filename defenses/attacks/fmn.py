@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .nearest import Search, annealed, nearest
 from .norms import check_norm, lp, steepest
 
@@ -77,7 +78,7 @@ def _search(search: Search, steps: int, step_size: float, gamma: float) -> None:
     farthest = lp(torch.maximum(x, 1 - x), norm)
     eps = START * farthest
     along, step_size = ("linf", SIGN_STEP * step_size) if norm == "linf" else ("l2", step_size)
-    for k in range(steps):
+    for k in track(range(steps), steps):
         f, gradient, fooled = search.look(x_t, "ce")
         gamma_k = annealed(gamma, 1e-3, k, steps)
         slope = lp(gradient, DUAL[norm]).clamp(min=torch.finfo(x.dtype).tiny)

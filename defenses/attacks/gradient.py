@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .contract import Forward, attacking, check_count, generator_for
 from .cycle import Cycles
 from .losses import Objective, PerImageLoss, fooled_at, fools, objective
@@ -240,7 +241,7 @@ def _attack(
         height = x.new_full((len(x),), -torch.inf)  # of the loss at x_adv; inf once it fools
         if draw and len(x):
             height[fools(logits_of.exact(x), y, target)] = torch.inf
-        for start in starts:
+        for start in track(starts, restarts):
             ascent.first_fooling(start, steps, x_adv, height)
         return x_adv
 
@@ -259,7 +260,7 @@ class _Ascent:
 
     def last_iterate(self, x_t: Tensor, steps: int) -> Tensor:
         every, g = torch.arange(len(x_t), device=x_t.device), torch.zeros_like(x_t)
-        for _ in range(steps):
+        for _ in track(range(steps), steps):
             x_t = x_t.detach().requires_grad_()
             value, _ = self.climb(x_t, self.y, self.target)
             x_t, g = self._step(x_t.detach(), self.logits_of.gradient(value, x_t), g, every)
@@ -269,7 +270,7 @@ class _Ascent:
         rows = (height < torch.inf).nonzero().squeeze(1)
         x_t, g = x_t[rows], torch.zeros_like(x_t[rows])
         cycles = Cycles(self.logits_of.model, x_t.device, self.repeats)
-        for t in range(steps + 1):
+        for t in track(range(steps + 1), steps + 1):
             if not len(rows):
                 return
             value, fooled = self._look(x_t.requires_grad_(t < steps), rows, last=t == steps)

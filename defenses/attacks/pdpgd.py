@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .nearest import Search, nearest
 from .norms import per_image
 
@@ -72,7 +73,7 @@ def _search(search: Search, steps: int, learning_rate: float) -> None:
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     log_ratio = torch.full_like(search.distance, math.log(RATIO))  # ln λ_0/λ_1
     share = log_ratio.sigmoid()  # λ_0, averaged
-    for k in range(steps):
+    for k in track(range(steps), steps):
         lead, slope, fooled = search.look(x_t)
         gradient = -per_image(torch.sigmoid(-lead)) * slope  # of softplus(−lead)
         m, v = m.lerp(gradient, 1 - BETA_1), v.lerp(gradient.square(), 1 - BETA_2)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..progress import track
 from .contract import Forward, attacking, check_count, widest
 from .losses import fooled_at, fools, masked, unmasked
 from .norms import per_image
@@ -94,7 +95,7 @@ def jsma(
         steps = _steps(prod(x.shape[1:]), gamma, pixels_per_step, steps)
         search = _Search(logits_of, theta, pixels_per_step, revisit, output)
         x_adv = x.detach().clone()
-        for start in range(0, len(x), chunk):
+        for start in track(range(0, len(x), chunk), -(-len(x) // chunk)):
             rows = torch.arange(start, min(start + chunk, len(x)), device=x.device)
             logits = logits_of.exact(x_adv[rows])
             if isinstance(target, Tensor):
@@ -158,7 +159,7 @@ class _Search:
         taken, l2 = x.new_full((2, len(x)), torch.inf)
         x_t = x[:, None].repeat(1, t.shape[1], 1, 1, 1)
         domain = torch.ones_like(x_t.flatten(2), dtype=torch.bool)  # Γ
-        for step in range(steps + 1):
+        for step in track(range(steps + 1), steps + 1):
             if not len(rows):
                 break
             last = step == steps

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .nearest import Search, annealed, nearest
 from .norms import lp, per_image
 
@@ -70,7 +71,7 @@ def _search(
     x, x_t = search.x, search.x
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     tau = torch.full_like(search.distance, tau_0)
-    for k in range(steps):
+    for k in track(range(steps), steps):
         lead, slope, fooled = search.look(x_t)
         delta = x_t - x
         count = 2 * sigma * delta / (delta.square() + sigma).square() / x[0].numel()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import check_last_batch
+from ..progress import one_bar, track
 from .contract import attacking, check_count
 
 Oracle = nn.Module | Callable[[Tensor], Tensor]
@@ -18,6 +19,7 @@ Oracle = nn.Module | Callable[[Tensor], Tensor]
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@one_bar
 def train_substitute(
     oracle: Oracle,
     x: Tensor,
@@ -82,7 +84,7 @@ def train_substitute(
         check_last_batch(substitute, x[:1], y[:1], len(x) * 2**rho, batch_size, _loss)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for rho in range(rounds):
+        for rho in track(range(rounds), [2**rho for rho in range(rounds)]):
             if rho > 0:
                 step = lambda_ if rho > 3 else -lambda_
                 pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
