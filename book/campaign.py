@@ -280,9 +280,8 @@ def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
             record(chapter, [{name: row[name] for name in COLUMNS} for row in rows], CHAPTERS)
             outcomes.store(CHAPTERS / "results" / f"{chapter}.npz", rows)
         merged[chapter] = len(rows)
-        for picture in (results / "figures").glob(f"*/{chapter}-*.png"):
-            dataset, protocol, seed = picture.parent.name.rsplit("-", 2)
-            if (dataset, seed) == ("mnist", "0") and protocol != "quick":
+        for protocol in ("short", "paper"):  # the better one last
+            for picture in (results / "figures" / f"mnist-{protocol}-0").glob(f"{chapter}-*.png"):
                 shutil.copy2(picture, CHAPTERS / "results" / "figures")
     return merged
 

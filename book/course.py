@@ -9,12 +9,14 @@ prose has points of its own and is read by a person. All other code is given, an
                            release/NAME/   the student's, as `nbgrader generate_assignment` makes it
     _build/course/otter/NAME/              the student's, one file, for Colab
                         NAME/instructor/   the solution, and what `otter generate` takes
+                  instructors/             the answers to exercises that the pages withhold
 """
 
 import copy
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import jupytext
@@ -23,8 +25,10 @@ from nbformat import NotebookNode
 
 from book import address
 from book.build import ROOT, notebooks
+from defenses import effort
 
 SOURCES = ROOT / "book" / "assignments"
+ANSWERS = SOURCES / "instructors" / "answers.md"  # those that the pages withhold
 SOLUTION = ("### BEGIN SOLUTION", "### END SOLUTION")
 HIDDEN = ("### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS")
 # nbgrader's own words for what is missing.
@@ -181,32 +185,44 @@ def write(target: Path) -> None:
         requirements = REQUIREMENTS.format(slug=address.slug(ROOT))
         (instructor / "requirements.txt").write_text(requirements)
         (instructor / "otter_config.json").write_text(json.dumps({"lang": "python"}))
+    (target / "instructors").mkdir(exist_ok=True)
+    answers = target / "instructors" / "answers.ipynb"
+    nbformat.write(_clean(jupytext.read(ANSWERS)), answers)
+
+
+def withheld() -> dict[str, str]:
+    """The answers that the pages withhold, by the label of the exercise."""
+    form = r"^### .+ · (ex-\S+)\n((?s:.)+?)(?=^##|\Z)"
+    return dict(re.findall(form, ANSWERS.read_text(encoding="utf-8"), re.M))
 
 
 def exercises() -> str:
-    """The table of all exercises of the chapters, in MyST, with what each is about."""
-    rows = ["| chapter | exercise | solved | belongs to |", "|---|---|---|---|"]
-    form = r"^:::\{exercise\} ([^\n]+)\n:label: (\S+)\n(.+?)^:::\{solution-end\}"
+    """Two tables in MyST: the minutes of each chapter, and all exercises with their headers."""
+    times = ["| chapter | reading | essential | worth doing | extra | without projects |"]
+    rows = ["| chapter | exercise | difficulty | minutes | do it | answer | belongs to |"]
+    total = dict.fromkeys(("reading", *effort.IMPORTANCE), 0)
     for path in notebooks(ROOT):
         text = (ROOT / path).with_suffix(".md").read_text(encoding="utf-8")
-        chapter, sections = re.findall(r"^# (.+)", text, re.M)[0], _sections(text)
-        for title, label, body in re.findall(form, text, re.M | re.S):
-            named = re.findall(r"\{prf:ref\}`([\w-]+)`|\]\(#([\w-]+)\)|Eq\. (\(\w+\))", body)
-            about = [sections[name] for name in map("".join, named) if name in sections]
-            how = "with code" if "{code-cell}" in body else "on paper"
-            rows.append(f"| {chapter} | [{title}](#{label}) | {how} | {(about or [''])[0]} |")
-    return "\n".join(rows)
+        if not (found := effort.exercises(text)):
+            continue
+        chapter, minutes = re.findall(r"^# (.+)", text, re.M)[0], effort.minutes(text)
+        times.append(_times(chapter, minutes))
+        total = {kind: total[kind] + minutes[kind] for kind in total}
+        for e in found:
+            how = "with code" if "{code-cell}" in e.solution else "on paper"
+            cells = (f"[{e.title}](#{e.label})", e.difficulty, e.minutes, e.importance)
+            cells += ("withheld" if e.withheld else how, e.section)
+            rows.append(f"| {' | '.join(map(str, (chapter, *cells)))} |")
+    times.append(_times("all", total))
+    for table in (times, rows):
+        table.insert(1, "|---" * (table[0].count("|") - 1) + "|")
+    return "\n".join([*times, "", *rows])
 
 
-def _sections(text: str) -> dict[str, str]:
-    """The heading above each label and each numbered equation of a chapter."""
-    heading, sections = "", dict[str, str]()
-    for line in text.splitlines():
-        if title := re.match(r"##+ (.+)", line):
-            heading = title[1]
-        for name in re.findall(r"^:label: ([\w-]+)$|^\(([\w-]+)\)=$|\\tag\{(\w+)\}", line):
-            sections.setdefault(f"({name[2]})" if name[2] else "".join(name), heading)
-    return {name: title for name, title in sections.items() if title != "Exercises"}
+def _times(chapter: str, minutes: Mapping[str, int]) -> str:
+    work = sum(minutes.values()) - minutes["project"]
+    shown = [minutes[kind] for kind in ("reading", "essential", "worth doing", "extra")]
+    return f"| {chapter} | {' | '.join(map(str, shown))} | {work} |"
 
 
 def listed(page: str) -> str:

@@ -59,7 +59,7 @@ def exercises(text: str) -> list[Exercise]:
 
 
 def reading(text: str) -> int:
-    """Minutes for a chapter's prose: words, without code, formulas, exercises and solutions."""
+    """Minutes for a chapter's prose, to the next five: without code, formulas and exercises."""
     for left_out in (
         r"\A---\n(?s:.)+?\n---\n",
         r"^```(?s:.)+?\n```$",
@@ -68,7 +68,7 @@ def reading(text: str) -> int:
         r"\$\$(?s:.)+?\$\$|\$.+?\$|\]\(.+?\)|^:.*$|\{[\w:]+\}`.*?`",
     ):
         text = re.sub(left_out, " ", text, flags=re.M)
-    return round(len(re.findall(r"[A-Za-z][\w'’-]*", text)) / WORDS_A_MINUTE)
+    return 5 * round(len(re.findall(r"[A-Za-z][\w'’-]*", text)) / WORDS_A_MINUTE / 5)
 
 
 def minutes(text: str) -> dict[str, int]:

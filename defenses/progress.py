@@ -22,7 +22,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 PATIENCE, INTERVAL = 2.0, 0.5  # seconds: until the bar is there, and between two looks at it
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 
 
 class Bar:
@@ -37,9 +37,9 @@ class Bar:
     def over(self, items: Iterable[T], parts: int | Sequence[float]) -> Iterator[T]:
         """`items`, of which each takes its share of the part that is under way now."""
         low, high = self.part
-        weights = itertools.repeat(1, parts) if isinstance(parts, int) else parts
+        each = itertools.repeat(1, parts) if isinstance(parts, int) else parts
         whole, at = float(parts if isinstance(parts, int) else sum(parts)) or 1.0, low
-        weights = itertools.chain(weights, itertools.repeat(0))  # should there be more items
+        weights = itertools.chain(each, itertools.repeat(0))  # should there be more items
         try:
             for item, weight in zip(items, weights, strict=False):
                 self.part = at, at + (high - low) * weight / whole
@@ -55,7 +55,8 @@ class Bar:
             return
         self.next = now + INTERVAL
         if self.line is None:
-            self.line = Line(total=1.0, leave=False, bar_format=FORMAT, smoothing=0)
+            how = {"file": sys.stderr, "leave": False, "bar_format": FORMAT, "smoothing": 0}
+            self.line = Line(desc=self.name, total=1.0, **how)
             self.line.start_t -= now - self.began
         self.line.n = min(at, 1.0)
         self.line.set_description(self.name)  # draws it
@@ -85,8 +86,12 @@ def one_bar(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _OPEN.get() is not None:
-            return function(*args, **kwargs)
+        if (open_ := _OPEN.get()) is not None:
+            name = open_.name
+            try:
+                return function(*args, **kwargs)
+            finally:
+                open_.name = name
         bar = Bar(function.__name__, bool(kwargs.get("progress", True)) and watched())
         token = _OPEN.set(bar)
         try:

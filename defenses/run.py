@@ -143,7 +143,7 @@ class Run:
         with kept_in(self.file.with_suffix(".attacks") if self.results else None):
             return self._measured(place, behind, outcome() if callable(outcome) else outcome)
 
-    def _measured(self, place: tuple[str, ...], behind: str, outcome: Any) -> Any:
+    def _measured(self, place: tuple[str, str, str, str], behind: str, outcome: Any) -> Any:
         self._settle()
         shown = hasattr(outcome, "percent")
         number, scale = (outcome.percent, 100) if shown else (outcome.value, 1)
@@ -280,11 +280,15 @@ def _refuse_unknown(cells: Sequence[str]) -> None:
     """
     for before, cell in itertools.pairwise(cells):
         if cell.startswith("# Parameters\n"):
-            known = {s.target.id for s in ast.parse(before).body if isinstance(s, ast.AnnAssign)}
-            given = {s.targets[0].id for s in ast.parse(cell).body if isinstance(s, ast.Assign)}
+            known, given = _names(before, ast.AnnAssign), _names(cell, ast.Assign)
             if known and given - known:
                 unknown, expected = (", ".join(sorted(s)) for s in (given - known, known))
                 raise ValueError(f"no parameter is called {unknown}: expected one of {expected}")
+
+
+def _names(cell: str, kind: type[ast.stmt]) -> set[str]:
+    found = [node for s in ast.parse(cell).body if isinstance(s, kind) for node in ast.walk(s)]
+    return {n.id for n in found if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _device(name: str) -> str:

@@ -18,7 +18,7 @@ import pytest
 from book import campaign
 from defenses import code, outcomes
 from defenses.results import KEY
-from defenses.run import read_rows
+from defenses.run import Run, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTER = "toy"
@@ -195,6 +195,30 @@ def test_merging_keeps_clean_rows_and_what_happened_to_each_image(
     file = toy / "chapters" / "results" / f"{CHAPTER}.csv"
     stored.assign(date="2020-01-01").to_csv(file, index=False)  # of changed code, but newer
     assert campaign.merge(results, [CHAPTER]) == {CHAPTER: 3}
+
+
+def test_no_quick_run_replaces_a_picture_of_mnist(toy: Path) -> None:
+    """Pictures are carried over from `short` and `paper`, the better one last."""
+    stored = toy / "chapters" / "results" / "figures"
+    stored.mkdir()
+    (stored / f"{CHAPTER}-1.png").write_text("stored")
+    results = toy / "runs"
+
+    def merged(**how: Any) -> str:
+        run = Run(CHAPTER, device="cpu", results=str(results), **how)
+        folder = results / "figures" / run._of
+        folder.mkdir(parents=True)
+        (folder / f"{CHAPTER}-1.png").write_text(run._of)
+        campaign.merge(results, [CHAPTER])
+        return (stored / f"{CHAPTER}-1.png").read_text()
+
+    assert merged(protocol="quick") == "stored"
+    assert merged(protocol="quick", dataset="mnist") == "stored"
+    assert merged(protocol="short", dataset="digits") == "stored"
+    assert merged(protocol="short", seed=1) == "stored"
+    assert merged(protocol="paper") == "mnist-paper-0"
+    assert merged(protocol="short") == "mnist-paper-0"
+    assert [file.name for file in stored.iterdir()] == [f"{CHAPTER}-1.png"]
 
 
 def test_changed_code_records_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from defenses import code
 MODULE = '''
 """A module."""
 from .other import helper
+from .progress import one_bar, say, track
 RATE = 0.1
 
 def attack(x):
@@ -41,6 +42,7 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "idea.py").write_text(MODULE)
     (tmp_path / "other.py").write_text(OTHER)
     (tmp_path / "plots.py").write_text("def show():\n    return 1\n")
+    (tmp_path / "progress.py").write_text("def track(items):\n    return items\n")
     monkeypatch.setattr(code, "PACKAGE", tmp_path)
     write(tmp_path, CELLS)
     yield tmp_path
@@ -78,6 +80,8 @@ def changed(book: Path, old: str, new: str) -> str:
         ("helper(x) * RATE", "helper(x) / RATE"),
         ("return x + 1", "return x + 2"),
         ("table = {'a': 1}\\nother", "table = {'a': 2}\\nother"),
+        ("def attack(x):", "@helper\ndef attack(x):"),
+        ("return helper(x) * RATE", "print(RATE)\n    return helper(x) * RATE"),
         ("idea.attack(table", "idea.attack(1 + table"),
         ("note = measured()", "note = -measured()"),
     ],
@@ -100,6 +104,10 @@ def test_it_changes_with_what_the_number_depends_on(book: Path, old: str, new: s
         ("steps: int = 3", "steps: int = 4"),
         ("print('shown')", "print('told')"),
         ("def helper(x):", "# a comment\ndef helper(x):"),
+        ("def attack(x):", "@one_bar\ndef attack(x):"),
+        ("return helper(x) * RATE", "say(RATE)\n    return helper(x) * RATE"),
+        ("return helper(x) * RATE", "return track(helper(x), 2 * unused(x)) * RATE"),
+        ("def track(items):", "def track(items, more):"),
     ],
 )
 def test_it_does_not_change_with_anything_else(book: Path, old: str, new: str) -> None:

@@ -22,6 +22,7 @@ import torch
 from nbformat import NotebookNode
 
 from book import course
+from defenses import effort
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTACKS, COMPACT, JACOBIAN, BREAK = NAMES = course.names()
@@ -320,6 +321,105 @@ def test_every_exercise_is_listed() -> None:
     chapters = [path.read_text() for path in (ROOT / "chapters").glob("*.md")]
     labels = {label for text in chapters for label in re.findall(r"^:label: (ex-\S+)", text, re.M)}
     assert set(re.findall(r"\]\(#(ex-\S+)\)", page)) == labels
+
+
+CHAPTERS = sorted((ROOT / "chapters").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_exercise_says_what_it_takes_and_every_chapter_what_it_gives(path: Path) -> None:
+    text = path.read_text()
+    found = effort.exercises(text)
+    assert len(found) == text.count(":::{exercise}") == len(effort.EXERCISE.findall(text)) > 0
+    assert text.count(":::{solution-start}") == sum(not exercise.withheld for exercise in found)
+    assert any(exercise.importance == "essential" for exercise in found)
+    assert any(exercise.withheld for exercise in found)
+    top = text[: text.index("run = Run(")]
+    for said in ("**You will learn** ", "**You need** ", "effort.of(CHAPTER)"):
+        assert said in top
+
+
+HEADED = """## Steps
+
+:::{{exercise}} One
+:label: ex-a
+{header}
+
+Show it.
+:::
+{solution}"""
+SOLVED = "\n:::{solution-start} ex-a\n:class: dropdown\n:::\n\nSo.\n\n:::{solution-end}\n:::\n"
+FULL = '*Difficulty 2 of 3 · 20 minutes · essential · belongs to "Steps"*'
+
+
+@pytest.mark.parametrize(
+    ("header", "solution", "wrong"),
+    [
+        (FULL, SOLVED, ""),
+        (FULL.replace('"*', '" · answer withheld*'), "", ""),
+        ("Show that.", SOLVED, "no header"),
+        (FULL.replace("2 of", "4 of"), SOLVED, "no header"),
+        (FULL.replace("essential", "nice"), SOLVED, "no header"),
+        (FULL.replace("Steps", "Leaps"), SOLVED, "no section 'Leaps'"),
+        (FULL, "", "withheld and shown, or neither"),
+        (FULL.replace('"*', '" · answer withheld*'), SOLVED, "withheld and shown, or neither"),
+    ],
+)
+def test_a_header_says_what_it_should(header: str, solution: str, wrong: str) -> None:
+    text = HEADED.format(header=header, solution=solution)
+    if wrong:
+        with pytest.raises(ValueError, match=wrong):
+            effort.exercises(text)
+        return
+    (found,) = effort.exercises(text)
+    assert (found.title, found.difficulty, found.minutes) == ("One", 2, 20)
+    assert (found.importance, found.section, bool(found.solution)) == (
+        "essential",
+        "Steps",
+        bool(solution),
+    )
+
+
+def test_reading_time_is_that_of_the_prose() -> None:
+    prose = "word " * 220 * 30
+    exercise = HEADED.format(header=FULL, solution=SOLVED)
+    aside = "```{code-cell}\nx = 1\n```\n$$\nx y z\n$$\n" + exercise
+    assert effort.reading(prose) == 30 and effort.reading(500 * aside) <= 5
+    minutes = effort.minutes(f"{prose}\n\n{exercise}")
+    assert minutes == {"reading": 30, "essential": 20, "worth doing": 0, "extra": 0, "project": 0}
+
+
+# Answers that the pages withhold.
+
+
+def long_lines(text: str) -> set[str]:
+    return {line.strip() for line in text.splitlines() if len(line.strip()) > 20}
+
+
+def test_an_answer_is_withheld_where_the_exercise_says_so() -> None:
+    labels = [
+        e.label for path in CHAPTERS for e in effort.exercises(path.read_text()) if e.withheld
+    ]
+    assert course.withheld().keys() == set(labels) and len(labels) >= 10
+    assert all(len(long_lines(answer)) >= 3 for answer in course.withheld().values())
+
+
+def test_no_line_of_a_withheld_answer_reaches_a_page_or_a_student(written: Path) -> None:
+    secret = set().union(*map(long_lines, course.withheld().values()))
+    pages = [*(ROOT / "chapters").glob("*.*"), *(ROOT / "book").glob("*.*")]
+    students = [file for name in NAMES for file in for_students(written, name)]
+    for file in (*(page for page in pages if page.suffix in (".md", ".ipynb")), *students):
+        shown = file.read_text()
+        if file.suffix == ".ipynb":
+            shown = "\n".join(texts(json.loads(shown)))
+        assert {line for line in secret if line in shown} == set(), file.name
+
+
+def test_instructors_get_every_withheld_answer(written: Path) -> None:
+    cells = nbformat.read(written / "instructors" / "answers.ipynb", as_version=4).cells
+    shown = "\n".join(cell.source for cell in cells)
+    for label, answer in course.withheld().items():
+        assert label in shown and long_lines(answer) <= long_lines(shown)
 
 
 def test_the_page_says_what_the_assignments_say() -> None:

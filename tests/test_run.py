@@ -1,18 +1,26 @@
 """A run of a chapter: its parameters, what it notes, and how it goes on from what it has kept."""
 
 import json
+import sys
+import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from torch import nn
 
-from defenses import outcomes
-from defenses.evaluation import Accuracy, Robustness, Share
+from defenses import attacks, outcomes
+from defenses import run as runs
+from defenses.checkpoint import save
+from defenses.evaluation import Accuracy, Robustness, Share, evaluate
 from defenses.results import COLUMNS
 from defenses.run import OnDemand, Run, _file_name, read_rows
 from tests.measurements import CHAPTER
@@ -57,6 +65,53 @@ def test_what_is_not_given_is_filled_in() -> None:
 def test_what_cannot_be_is_refused_before_any_work(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Run(CHAPTER, **wrong)
+
+
+PARAMETERS = """protocol: str = "quick"  # how much
+seed: int = 0  # of all
+results: str = ""  # where"""
+
+
+@pytest.mark.parametrize(("given", "unknown"), [("seed", ""), ("protcol", "protcol")])
+def test_a_name_that_papermill_was_given_and_no_parameter_has_is_refused(
+    given: str, unknown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = ["", "import torch", PARAMETERS, f"# Parameters\n{given} = 7\n", "run = Run(...)"]
+    monkeypatch.setattr(sys.modules["__main__"], "In", cells, raising=False)
+    if not unknown:
+        Run(CHAPTER)
+        return
+    with pytest.raises(ValueError, match=r"no parameter is called protcol: .* protocol, results"):
+        Run(CHAPTER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{"protcol": "short"}, {"seed": "seven"}, {"device": "gpu"}])
+def test_papermill_stops_before_any_work(given: dict[str, Any], tmp_path: Path) -> None:
+    """As a reader calls it: an unknown name is not merely said in passing."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    call = f"from defenses.run import Run\nRun({CHAPTER!r}, protocol, '', device, seed, results)"
+    sources = {PARAMETERS + '\ndevice: str = ""  # where': ["parameters"], call: [], "1 / 0": []}
+    cells = [nbformat.v4.new_code_cell(s, metadata={"tags": t}) for s, t in sources.items()]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    expected = {"protcol": "no parameter is called", "seed": "whole", "device": "expected cpu"}
+    with pytest.raises(papermill.PapermillExecutionError, match=expected[next(iter(given))]):
+        papermill.execute_notebook(tmp_path / "a.ipynb", None, given, progress_bar=False)
+    papermill.execute_notebook(tmp_path / "a.ipynb", None, {"seed": 3}, prepare_only=True)
+
+
+def test_on_colab_a_run_keeps_to_a_drive_that_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "DRIVE", tmp_path)
+    assert Run(CHAPTER).results == ""  # elsewhere a folder of that name is just a folder
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    run = Run(CHAPTER)
+    assert run.results == str(tmp_path / "does-it-hold") and run.own
+    assert Run(CHAPTER, results=str(tmp_path / "mine")).results == str(tmp_path / "mine")
+    monkeypatch.setattr(runs, "DRIVE", tmp_path / "not mounted")
+    assert Run(CHAPTER).results == "" and not (tmp_path / "not mounted").exists()
 
 
 def test_only_one_network_is_worked_on_and_all_are_known() -> None:
@@ -110,6 +165,135 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     assert len(asked) == 5
     a_run(tmp_path).note("table1", "SM", "mnist fgsm 0.4", measured)
     assert len(asked) == 6
+
+
+# What a kill costs
+
+
+def linear() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).eval()
+
+
+X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+Y = linear()(X).argmax(dim=1)
+
+
+def stages(monkeypatch: pytest.MonkeyPatch, kill_before: int) -> list[str]:
+    """The parts of AutoAttack as they are run; before one of them, all is over."""
+    done: list[str] = []
+    module: Any = sys.modules["defenses.attacks.autoattack"]  # not the function of that name
+    attack = module._attack
+
+    def noted(name: str, *rest: Any) -> Any:
+        if len(done) == kill_before:
+            raise KeyboardInterrupt
+        done.append(name)
+        return attack(name, *rest)
+
+    monkeypatch.setattr(module, "_attack", noted)
+    return done
+
+
+def test_a_killed_autoattack_goes_on_and_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, whole = linear(), partial(attacks.autoattack, eps=0.02)
+    measured = partial(evaluate, model, (X, Y), whole, batch_size=3)
+    at_once = measured()
+    with monkeypatch.context() as killed:
+        done = stages(killed, kill_before=7)
+        with pytest.raises(KeyboardInterrupt):
+            a_run(tmp_path).note(*PLACE, measured)
+    assert len(done) == 7 and not a_run(tmp_path)._stored
+    with monkeypatch.context() as again:
+        done = stages(again, kill_before=4)
+        found = a_run(tmp_path).note(*PLACE, measured)
+    assert done == ["apgd-t", "fab-t", "square"]  # of the second batch
+    assert torch.equal(found.correct, at_once.correct)
+
+
+def test_files_of_an_attack_that_is_over_make_room_for_the_next(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    for e in (0.01, 0.02):
+        whole = partial(attacks.autoattack, eps=e, version="rand")
+        run.note("t", "SM", str(e), partial(evaluate, linear(), (X, Y), whole, batch_size=3))
+        assert len([*tmp_path.rglob("autoattack_report-*.pt")]) == 2  # one a batch, of this size
+    run.note("t", "SM", "clean", partial(evaluate, linear(), (X, Y)))
+    assert len([*tmp_path.rglob("autoattack_report-*.pt")]) == 2
+    evaluate(linear(), (X, Y), whole)  # by itself it keeps nothing
+    assert len([*tmp_path.rglob("autoattack_report-*.pt")]) == 2
+
+
+class Counted(nn.Module):
+    """As the chapters count passes: to go on from a file would leave some out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.passes = linear(), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += len(x)
+        return self.model(x)
+
+
+def test_passes_that_are_counted_are_all_counted(tmp_path: Path) -> None:
+    passes = []
+    for _ in range(2):
+        counted, run = Counted().eval(), a_run(tmp_path / str(len(passes)))
+        whole = partial(attacks.autoattack, eps=0.02, version="rand")
+        for table in ("one", "two"):  # in a second row of the same run
+            run.note(table, *PLACE[1:], partial(evaluate, counted, (X, Y), whole))
+        passes.append(counted.passes)
+    assert passes[0] == passes[1] > 100 and not [*tmp_path.rglob("*.pt")]
+
+
+def trained_for(file: Path, *seconds: float) -> None:
+    save(file, {"run": {}, "history": [{"epoch": 1, "seconds": s} for s in seconds]})
+
+
+def test_the_seconds_of_a_training_survive_its_resumption(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    file = run.checkpoint("SM")
+    assert file is not None
+    trained_for(file, 100.0)  # in an earlier process, which no row has noted
+    run = a_run(tmp_path)
+    assert run.checkpoint("SM") == file
+    trained_for(file, 100.0, 50.0)
+    run._last -= 50  # which have passed meanwhile
+    run.note("t", "SM", "a", lambda: RIGHT)
+    run.note("t", "SM", "b", lambda: RIGHT)
+    first, second = (row["seconds"] for row in run.rows)
+    assert first == pytest.approx(150, abs=5) and 0 <= second < 5
+    again = a_run(tmp_path)
+    again.checkpoint("SM")
+    again.note("t", "SM", "a", lambda: pytest.fail("measured again"))
+    again.note("t", "SM", "c", lambda: RIGHT)  # one more row: the training is in the first
+    kept, added = (row["seconds"] for row in again.rows)
+    assert kept == first and added < 5
+
+
+def test_a_row_that_is_there_swallows_no_training(tmp_path: Path) -> None:
+    a_run(tmp_path).note("t", "SM", "a", lambda: RIGHT)
+    run = a_run(tmp_path)
+    file = run.checkpoint("LS")
+    assert file is not None
+    trained_for(file, 70.0)
+    run._last -= 70
+    run.note("t", "SM", "a", lambda: pytest.fail("measured again"))
+    run.note("t", "LS", "a", lambda: RIGHT)
+    assert run.rows[1]["seconds"] == pytest.approx(70, abs=5)
+
+
+def test_a_network_that_is_only_borrowed_is_paid_for_by_its_own_unit(tmp_path: Path) -> None:
+    run = a_run(tmp_path, only="transfer")
+    run.networks(["SM"])
+    file = run.checkpoint("SM")
+    assert file is not None
+    trained_for(file, 100.0)  # elsewhere, before
+    run.note("t", "SM", "a", lambda: RIGHT)
+    assert run.rows[0]["seconds"] < 5
 
 
 def test_rows_of_other_code_are_measured_again(

@@ -9,6 +9,7 @@ from bs4 import BeautifulSoup
 
 from defenses import words
 from defenses.results import record
+from defenses.run import Run
 from defenses.tables import _parts, side_by_side
 from tests.measurements import CHAPTER, PAPER, row
 
@@ -94,6 +95,51 @@ def test_a_live_run_is_named_by_its_data_and_shows_what_it_measured(store: Path)
     assert "31.76" not in table.html and "in parentheses" not in table.html
     same = side_by_side(CHAPTER, "table1", measured=[row(dataset="mnist")], folder=store)
     assert parsed(same.html)[1] == {"SM": ["50.00 (31.76)"]}
+
+
+def own_run(**how: object) -> Run:
+    run = Run(CHAPTER, **({"protocol": "short", "device": "cpu"} | how))  # type: ignore[arg-type]
+    kind = {"protocol": run.protocol, "dataset": run.dataset, "seed": 5}
+    values = {"SM": 40.0, "CCN": 15.0, "mine": 99.0}
+    run.rows += [row(name, value=value, **kind) for name, value in values.items()]  # type: ignore
+    run.rows.append(row("SM", table="pgd", **kind))  # type: ignore[arg-type]
+    return run
+
+
+def test_a_run_of_ones_own_stands_below_what_is_stored_where_they_differ(store: Path) -> None:
+    stored = [row("SM", value=40.0, dataset="mnist"), row("CCN", value=80.0, dataset="mnist")]
+    record(CHAPTER, stored, store)
+    table = side_by_side(own_run(), "table1", columns="mnist", folder=store)
+    _, body, text = parsed(table.html)
+    assert [body[name][3] for name in ("SM", "CCN", "mine")] == [
+        "40.00 (31.76)",
+        "80.00 (81.38) this run 15.00",
+        "– this run 99.00",
+    ]
+    assert "This run measured 3 of them; where it differs, its number is below." in text
+    assert "this run: protocol short on MNIST; n = 360; seed 5" in text
+    assert "2 of 30 cells measured" in text and "80.00 (81.38) | 15.00" in table.text
+    chosen = side_by_side(own_run(), "table1", ["SM"], "mnist fgsm 0.4", folder=store)
+    assert "this run" not in chosen.html.lower()
+
+
+def test_what_only_the_run_has_measured_is_a_table_of_its_own(store: Path) -> None:
+    table = side_by_side(own_run(dataset="digits"), "pgd", folder=store)
+    assert parsed(table.html)[1] == {"SM": ["– this run 50.0"]}
+    assert "<details" not in table.html and "this run: protocol short on digits" in table.text
+    assert "<details" not in side_by_side(own_run(), "table1", folder=store).html
+
+
+def test_the_pages_show_what_is_stored_and_not_the_run_that_makes_them(
+    store: Path, tmp_path: Path
+) -> None:
+    record(CHAPTER, [row("CCN", value=80.0, dataset="mnist")], store)
+    quick = side_by_side(own_run(protocol="quick"), "table1", folder=store)
+    assert quick == side_by_side(CHAPTER, "table1", folder=store)
+    kept = own_run(protocol="quick", results=str(tmp_path / "mine"))
+    assert "this run 15.00" in side_by_side(kept, "table1", folder=store).html
+    live = side_by_side(kept, "table1", measured=kept.rows, folder=store)
+    assert live == side_by_side(CHAPTER, "table1", measured=kept.rows, folder=store)
 
 
 def test_a_table_says_how_its_numbers_were_measured(store: Path) -> None:
