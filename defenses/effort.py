@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import pandas as pd
 
@@ -99,29 +100,29 @@ def of(chapter: str) -> Table:
 def runs(chapter: str) -> Iterator[tuple[str, ...]]:
     """What a run at each protocol takes: one seed, all networks; "–" is not measured."""
     folder = chapters_folder(chapter) / "results"
-    read = {"dtype": {"seed": str}, "keep_default_na": False, "na_values": {"seconds": [""]}}
+    read: dict[str, Any] = {"dtype": {"seed": str}, "keep_default_na": False}
     stored = pd.read_csv(folder / f"{chapter}.csv", **read)
     costs = pd.read_csv(folder / "performance.csv", **read)
-    costs = costs[costs["table"].eq("chapter") & costs["row"].eq(chapter)].set_index("metric")
+    costs = costs[costs["table"].str.startswith("chapter ") & costs["row"].eq(chapter)]
+    tflop = costs[costs["metric"] == "TFLOP"].set_index("protocol")["value"]
     for protocol in reversed(PROTOCOLS):
-        once = costs[costs["column"].str.startswith(protocol)]
-        rows = stored[stored["protocol"] == protocol]
-        for dataset, group in rows.groupby("dataset"):
-            seeds = group["seed"].str.count(" ") + 1
-            one = group.assign(seconds=group["seconds"] / seeds).groupby(KIND)["seconds"].mean()
-            device = "; ".join(dict.fromkeys(group["device"]))
-            yield protocol, words.DATA.get(dataset, dataset), duration(one.sum()), "–", device
-        if "seconds" in once.index:
-            row = once.loc["seconds"]
-            memory = f"{once.loc['MiB', 'value'] / 1024:.1f} GiB" if "MiB" in once.index else "–"
-            yield protocol, row["dataset"], duration(row["value"]), memory, row["device"]
-        elif rows.empty and "TFLOP" in once.index:
-            row = once.loc["TFLOP"]
-            data = words.DATA.get(row["dataset"], row["dataset"])
-            said = f"not run; its training counts {row['value']:,.0f} TFLOP"
-            yield protocol, data, said, "–", "–"
-        elif rows.empty:
-            yield protocol, "–", "not run", "–", "–"
+        found = []
+        for dataset, rows in stored[stored["protocol"] == protocol].groupby("dataset"):
+            seeds = rows["seed"].str.count(" ") + 1
+            one = rows.assign(seconds=rows["seconds"] / seeds).groupby(KIND)["seconds"].mean().sum()
+            found.append((dataset, duration(one), "–", "; ".join(dict.fromkeys(rows["device"]))))
+        for _, rows in costs[costs["protocol"] == protocol].groupby("table"):
+            once = rows.set_index("metric")
+            if "seconds" in once.index:
+                dataset, device = once.loc["seconds", ["dataset", "device"]]
+                seconds, gib = (once.loc[name, "value"] for name in ("seconds", "GiB"))
+                found.append((dataset, duration(seconds), f"{gib:.1f} GiB", device))
+        if not found and {"short", protocol} <= {*tflop.index}:
+            times = tflop[protocol] / tflop["short"]
+            said = f"not run; by its operations, {times:,.0f} times the training of short"
+            found.append(("mnist", said, "–", "–"))
+        for dataset, *cells in found or [("–", "not run", "–", "–")]:
+            yield protocol, words.DATA.get(dataset, dataset), *cells
 
 
 def duration(seconds: float) -> str:

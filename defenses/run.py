@@ -113,10 +113,21 @@ class Run:
         return bool(self.networks([name]))
 
     def checkpoint(self, name: str) -> Path | None:
-        """The file that the training called `name` goes on from; None where nothing is kept."""
+        """The file that the training called `name` goes on from; None where nothing is kept.
+
+        In a campaign one that other code has trained is put aside, under the digest of that code.
+        """
         if not self.results:
             return None
         file = Path(self.results, "checkpoints", self._of, self.chapter, f"{_file_name(name)}.pt")
+        if behind := " ".join(
+            code.digest(self._notebook, cell) for cell in _cells(until="__missing__")
+        ):
+            note = file.with_suffix(".code")
+            if file.is_file() and note.is_file() and (other := note.read_text()) != behind:
+                file.replace(file.with_name(f"{file.stem}.{zlib.crc32(other.encode()):08x}.pt"))
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(behind)
         if self.only in ("", name) or name not in self.known:  # another's training is not ours
             self._begun[file] = _seconds(file)
         return file
@@ -223,13 +234,11 @@ class Run:
         """The digest of the code behind the running cell; in Jupyter, of the whole chapter."""
         if not self.results:
             return ""
-        notebook = chapters_folder(self.chapter) / f"{self.chapter}.ipynb"
-        frame, cell = sys._getframe(1), None
-        while frame is not None:
-            if found := re.fullmatch(r"<cell (\d+)>", frame.f_code.co_filename):
-                cell = int(found[1])  # the outermost: the cell, not a function from another
-            frame = frame.f_back  # type: ignore[assignment]
-        return code.digest(notebook, cell)
+        return code.digest(self._notebook, [None, *_cells()][-1])  # not a function from another
+
+    @property
+    def _notebook(self) -> Path:
+        return chapters_folder(self.chapter) / f"{self.chapter}.ipynb"
 
 
 class OnDemand(dict[str, T]):
@@ -242,6 +251,19 @@ class OnDemand(dict[str, T]):
     def __missing__(self, name: str) -> T:
         self[name] = made = self.make(name)
         return made
+
+
+def _cells(until: str = "") -> list[int]:
+    """The cells of a campaign that are running, the innermost first, inside the function `until`.
+
+    In Jupyter none, since the code of a cell has another name there.
+    """
+    frame, cells = sys._getframe(1), list[int]()
+    while frame is not None and frame.f_code.co_name != until:
+        if found := re.fullmatch(r"<cell (\d+)>", frame.f_code.co_filename):
+            cells.append(int(found[1]))
+        frame = frame.f_back  # type: ignore[assignment]
+    return cells
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

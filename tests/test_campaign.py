@@ -126,6 +126,24 @@ def test_a_unit_that_is_done_is_not_done_again(toy: Path) -> None:
     assert {u.only for u in todo["unit"]} == {"L2SM", "transfer"}
 
 
+@pytest.mark.parametrize(("changed", "files"), [(4, 1), (3, 2)])
+def test_what_other_code_has_trained_is_trained_again(
+    changed: int, files: int, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of cell 3, which trains; that of cell 4, which measures, leaves the network."""
+    results, digest = toy / "runs", code.digest
+    campaign.do(unit("SM"), results)
+    rows = len((unit("SM").run(results).file).read_text().splitlines())
+
+    def other(file: Path, cell: int | None = None) -> str:
+        return digest(file, cell) + "other" * (cell in (changed, 4))
+
+    monkeypatch.setattr(code, "digest", other)
+    campaign.do(unit("SM"), results)
+    assert len([*results.rglob("*.pt")]) == files
+    assert len((unit("SM").run(results).file).read_text().splitlines()) == 2 * rows
+
+
 CHILD = """
 import sys
 from pathlib import Path

@@ -1,0 +1,42 @@
+"""Run a chapter at `quick` as a plain script, or count what its training at a protocol would be.
+
+``python -m tests.benchmarks.chapter NAME [PROTOCOL]`` prints JSON: seconds and the most bytes held,
+in a process of its own; or the floating-point operations of all networks; none is trained.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import nbformat
+
+from book import campaign
+from tests.benchmarks.memory import resident
+
+
+def quick(notebook: Path) -> dict[str, float]:
+    """All code cells, those that only show included, as a reader would run them."""
+    cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    matplotlib.use("Agg")
+    start = time.perf_counter()
+    with contextlib.chdir(notebook.parent), contextlib.redirect_stdout(sys.stderr):
+        for i, source in enumerate(cells):
+            exec(compile(source, f"<{notebook.stem} {i}>", "exec"), names)
+    return {"seconds": time.perf_counter() - start, "bytes": resident("VmHWM")}
+
+
+def counted(chapter: str, protocol: str) -> dict[str, float]:
+    with contextlib.redirect_stdout(sys.stderr):
+        units = campaign.units(chapter, "mnist", protocol, [0], campaign._data())
+    return {"operations": sum(units.values())}
+
+
+if __name__ == "__main__":
+    name, *protocol = sys.argv[1:]
+    found = counted(name, *protocol) if protocol else quick(campaign.CHAPTERS / f"{name}.ipynb")
+    print(json.dumps(found))
