@@ -116,7 +116,8 @@ def runs(chapter: str) -> Iterator[tuple[str, ...]]:
             if "seconds" in once.index:
                 dataset, device = once.loc["seconds", ["dataset", "device"]]
                 seconds, gib = (once.loc[name, "value"] for name in ("seconds", "GiB"))
-                found.append((dataset, duration(seconds), f"{gib:.1f} GiB", device))
+                time = f"{duration(seconds)} of processor time"
+                found.append((dataset, time, f"{gib:.1f} GiB", device))
         if not found and {"short", protocol} <= {*tflop.index}:
             times = tflop[protocol] / tflop["short"]
             said = f"not run; by its operations, {times:,.0f} times the training of short"

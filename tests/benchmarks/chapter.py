@@ -1,7 +1,7 @@
 """Run a chapter at `quick` as a plain script, or count what its training at a protocol would be.
 
-``python -m tests.benchmarks.chapter NAME [PROTOCOL]`` prints JSON: seconds and the most bytes held,
-in a process of its own; or the floating-point operations of all networks; none is trained.
+``python -m tests.benchmarks.chapter NAME [PROTOCOL]`` prints JSON: processor seconds and the most
+bytes held, in a process of its own; or the operations of all networks, of which none is trained.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ def quick(notebook: Path) -> dict[str, float]:
     cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
     names: dict[str, Any] = {"__name__": "__main__"}
     matplotlib.use("Agg")
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads: others on the machine do not count
     with contextlib.chdir(notebook.parent), contextlib.redirect_stdout(sys.stderr):
         for i, source in enumerate(cells):
             exec(compile(source, f"<{notebook.stem} {i}>", "exec"), names)
-    return {"seconds": time.perf_counter() - start, "bytes": resident("VmHWM")}
+    return {"seconds": time.process_time() - start, "bytes": resident("VmHWM")}
 
 
 def counted(chapter: str, protocol: str) -> dict[str, float]:

@@ -259,7 +259,8 @@ def kept(
     table: str, column: str, row: str, metric: str, value: float, **how: Any
 ) -> dict[str, Any]:
     """A row of the store: on which hardware, with how many threads and which libraries."""
-    device = f"{hardware()}, {torch.get_num_threads()} threads" if DEVICE == "cpu" else DEVICE
+    threads = torch.get_num_threads()
+    device = f"{hardware()}, {threads} thread{'s' * (threads > 1)}" if DEVICE == "cpu" else DEVICE
     how = {"seed": 0, "device": device, **how}
     number = measure(f"{table} {DEVICE}", row, column, metric, value, **how)
     return number | {"versions": "; ".join([number["versions"], *versions()])}
