@@ -197,10 +197,9 @@ def withheld() -> dict[str, str]:
 
 
 def exercises() -> str:
-    """Two tables in MyST: the minutes of each chapter, and all exercises with their headers."""
-    times = ["| chapter | reading | essential | worth doing | extra | without projects |"]
-    rows = ["| chapter | exercise | difficulty | minutes | do it | answer | belongs to |"]
-    total = dict.fromkeys(("reading", *effort.IMPORTANCE), 0)
+    """Tables in MyST: the minutes of all chapters, and of each its exercises with their headers."""
+    times = [_row("chapter", "reading", "essential", "worth doing", "extra", "without projects")]
+    tables, total = list[str](), dict.fromkeys(("reading", *effort.IMPORTANCE), 0)
     for path in notebooks(ROOT):
         text = (ROOT / path).with_suffix(".md").read_text(encoding="utf-8")
         if not (found := effort.exercises(text)):
@@ -208,21 +207,27 @@ def exercises() -> str:
         chapter, minutes = re.findall(r"^# (.+)", text, re.M)[0], effort.minutes(text)
         times.append(_times(chapter, minutes))
         total = {kind: total[kind] + minutes[kind] for kind in total}
+        rows = [_row(chapter, "belongs to", "difficulty", "minutes", "do it", "answer")]
         for e in found:
             how = "with code" if "{code-cell}" in e.solution else "on paper"
-            cells = (f"[{e.title}](#{e.label})", e.difficulty, e.minutes, e.importance)
-            cells += ("withheld" if e.withheld else how, e.section)
-            rows.append(f"| {' | '.join(map(str, (chapter, *cells)))} |")
-    times.append(_times("all", total))
-    for table in (times, rows):
-        table.insert(1, "|---" * (table[0].count("|") - 1) + "|")
-    return "\n".join([*times, "", *rows])
+            how = "withheld" if e.withheld else how
+            exercise = f"[{e.title}](#{e.label})"
+            rows.append(_row(exercise, e.section, e.difficulty, e.minutes, e.importance, how))
+        tables.append(_table(rows))
+    return "\n\n".join([_table([*times, _times("all", total)]), *tables])
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _table(rows: list[str]) -> str:
+    return "\n".join([rows[0], "|---" * (rows[0].count("|") - 1) + "|", *rows[1:]])
 
 
 def _times(chapter: str, minutes: Mapping[str, int]) -> str:
-    work = sum(minutes.values()) - minutes["project"]
     shown = [minutes[kind] for kind in ("reading", "essential", "worth doing", "extra")]
-    return f"| {chapter} | {' | '.join(map(str, shown))} | {work} |"
+    return _row(chapter, *shown, sum(shown))
 
 
 def listed(page: str) -> str:

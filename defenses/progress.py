@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
-from tqdm import tqdm as Line
+from tqdm.std import tqdm as StandardBar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 PATIENCE, INTERVAL = 2.0, 0.5  # seconds: until the bar is there, and between two looks at it
 FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+
+
+class Line(StandardBar):
+    monitor_interval = 0  # no thread of its own
 
 
 class Bar:
@@ -66,15 +70,17 @@ class Bar:
             self.line.close()
 
 
-Line.monitor_interval = 0  # no thread of tqdm's own
 _OPEN: ContextVar[Bar | None] = ContextVar("_OPEN", default=None)
 
 
 def watched() -> bool:
     """Whether somebody looks on: at a terminal, or at a notebook in Jupyter, VS Code or Colab.
 
-    A notebook that is run for what it stores, by papermill or nbconvert, has nobody.
+    A notebook that is run for what it stores, by papermill or nbconvert, has nobody; and of several
+    processes that work on one thing, the first draws for all.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return False
     if "ipykernel" not in sys.modules:
         return sys.stderr is not None and sys.stderr.isatty()
     in_editor = hasattr(sys.modules["__main__"], "__vsc_ipynb_file__")

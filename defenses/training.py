@@ -112,6 +112,8 @@ def fit(
         the first step or after the last, and each parameter's group. Loss and augmentation are
         known by their names and values, those that are not of this package by their code, too. What
         they learn or count is not in the file.
+    progress : bool
+        One bar for all epochs, with the time that is left, where somebody looks on.
 
     Returns
     -------

@@ -6,10 +6,11 @@ bytes held, in a process of its own; or the operations of all networks, of which
 
 import contextlib
 import json
+import runpy
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import matplotlib
 import nbformat
@@ -21,12 +22,13 @@ from tests.benchmarks.memory import resident
 def quick(notebook: Path) -> dict[str, float]:
     """All code cells, those that only show included, as a reader would run them."""
     cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
-    names: dict[str, Any] = {"__name__": "__main__"}
     matplotlib.use("Agg")
     start = time.process_time()  # of all threads: others on the machine do not count
-    with contextlib.chdir(notebook.parent), contextlib.redirect_stdout(sys.stderr):
-        for i, source in enumerate(cells):
-            exec(compile(source, f"<{notebook.stem} {i}>", "exec"), names)
+    with TemporaryDirectory() as folder, contextlib.chdir(notebook.parent):
+        script = Path(folder, f"{notebook.stem}.py")
+        script.write_text("\n\n".join(cells), encoding="utf-8")
+        with contextlib.redirect_stdout(sys.stderr):
+            runpy.run_path(str(script), run_name="__main__")
     return {"seconds": time.process_time() - start, "bytes": resident("VmHWM")}
 
 
