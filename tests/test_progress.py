@@ -158,7 +158,12 @@ def test_there_is_one_line_and_it_is_gone_in_the_end(
 ) -> None:
     made: list[Any] = []
     line = progress.Line
-    monkeypatch.setattr(progress, "Line", lambda **how: made.append(line(**how)) or made[-1])
+
+    def noted(**how: Any) -> Any:
+        made.append(line(**how))
+        return made[-1]
+
+    monkeypatch.setattr(progress, "Line", noted)
     how = {"probe": lambda model: {"right": float(evaluate(model, DATA.test, PGD))}}
     fit(network(), DATA, epochs=2, batch_size=2, **how)  # type: ignore[arg-type]
     shown = terminal.getvalue()

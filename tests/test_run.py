@@ -239,7 +239,7 @@ class Counted(nn.Module):
 
 
 def test_passes_that_are_counted_are_all_counted(tmp_path: Path) -> None:
-    passes = []
+    passes: list[int] = []
     for _ in range(2):
         counted, run = Counted().eval(), a_run(tmp_path / str(len(passes)))
         whole = partial(attacks.autoattack, eps=0.02, version="rand")
