@@ -17,9 +17,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 SHOWING = {"plots", "tables", "prose", "progress", "results", "run", "code", "outcomes"}
 # Decorators, statements, and calls that stand for their first argument: without them the same.
-BESIDE = {("progress", name) for name in ("one_bar", "say", "track")} | {
-    ("checkpoint", "resumable")
-}
+BESIDE = {("progress", "one_bar"), ("progress", "say"), ("progress", "track")}
+BESIDE.add(("checkpoint", "resumable"))
 SHOWN = {"nbval-check-output", "remove-input", "reader"}  # tags of cells that measure nothing
 
 

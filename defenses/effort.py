@@ -120,7 +120,8 @@ def runs(chapter: str) -> Iterator[tuple[str, ...]]:
                 found.append((dataset, time, f"{gib:.1f} GiB", device))
         if not found and {"short", protocol} <= {*tflop.index}:
             times = tflop[protocol] / tflop["short"]
-            said = f"not run; by its operations, {times:,.0f} times the training of short"
+            said = f"{times:,.0f} times the" if times > 1.5 else "about the"
+            said = f"not run; by its operations, {said} training of short"
             found.append(("mnist", said, "–", "–"))
         for dataset, *cells in found or [("–", "not run", "–", "–")]:
             yield protocol, words.DATA.get(dataset, dataset), *cells

@@ -23,6 +23,8 @@ from nbformat import NotebookNode
 
 from book import course
 from defenses import effort
+from defenses.results import record
+from tests.measurements import row
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTACKS, COMPACT, JACOBIAN, BREAK = NAMES = course.names()
@@ -387,6 +389,34 @@ def test_reading_time_is_that_of_the_prose() -> None:
     assert effort.reading(prose) == 30 and effort.reading(500 * aside) <= 5
     minutes = effort.minutes(f"{prose}\n\n{exercise}")
     assert minutes == {"reading": 30, "essential": 20, "worth doing": 0, "extra": 0, "project": 0}
+
+
+def test_what_a_run_takes_comes_from_stored_rows_and_what_was_not_run_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effort, "chapters_folder", lambda chapter: tmp_path)
+    (tmp_path / "paper").mkdir()
+    short: dict[str, Any] = {"protocol": "short", "dataset": "mnist"}
+    record("toy", [row(seed=seed, seconds=20 * seed, **short) for seed in (1, 2)], tmp_path)
+    older = row("LS", **short) | {"seed": "0 1 2", "seconds": 90}
+    record("toy", [older], tmp_path)
+    chapter: dict[str, Any] = {"table": "chapter cpu", "n": 1}
+    quick = [
+        row("toy", "quick", v, metric=m, **chapter) for m, v in {"seconds": 42, "GiB": 1.5}.items()
+    ]
+    counts = [
+        row("toy", "count", v, metric="TFLOP", protocol=p, dataset="mnist", **chapter)
+        for p, v in {"short": 10, "paper": 470}.items()
+    ]
+    record("performance", quick, tmp_path)
+    rows = [
+        ("quick", "digits", "42 s of processor time", "1.5 GiB", "a toy"),
+        ("short", "MNIST", "60 s", "–", "a toy"),  # 30 for each of two cells
+    ]
+    assert [*effort.runs("toy")] == [*rows, ("paper", "–", "not run", "–", "–")]
+    record("performance", counts, tmp_path)
+    said = "not run; by its operations, 47 times the training of short"
+    assert [*effort.runs("toy")] == [*rows, ("paper", "MNIST", said, "–", "–")]
 
 
 # Answers that the pages withhold.

@@ -180,6 +180,10 @@ X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = linear()(X).argmax(dim=1)
 
 
+class Killed(Exception):
+    """In place of a signal, which would end the tests."""
+
+
 def stages(monkeypatch: pytest.MonkeyPatch, kill_before: int) -> list[str]:
     """The parts of AutoAttack as they are run; before one of them, all is over."""
     done: list[str] = []
@@ -188,7 +192,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, kill_before: int) -> list[str]:
 
     def noted(name: str, *rest: Any) -> Any:
         if len(done) == kill_before:
-            raise KeyboardInterrupt
+            raise Killed
         done.append(name)
         return attack(name, *rest)
 
@@ -204,7 +208,7 @@ def test_a_killed_autoattack_goes_on_and_finds_the_same(
     at_once = measured()
     with monkeypatch.context() as killed:
         done = stages(killed, kill_before=7)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             a_run(tmp_path).note(*PLACE, measured)
     assert len(done) == 7 and not a_run(tmp_path)._stored
     with monkeypatch.context() as again:
