@@ -95,7 +95,7 @@ def unit(name: str, seed: int = 0) -> campaign.Unit:
 
 def numbers(file: Path) -> list[Any]:
     """What a run has measured, without what differs from one day to the next."""
-    loose = ("seconds", "date", "commit", "device")
+    loose = ("seconds", "trained", "date", "commit", "device")
     rows = {tuple(row[k] for k in KEY): row for row in read_rows(file)}
     return [{k: v for k, v in row.items() if k not in loose} for row in rows.values()]
 
