@@ -134,6 +134,36 @@ def stored(
     return found
 
 
+def sizes(
+    chapter: str,
+    table: str,
+    column: str,
+    metric: str,
+    *,
+    protocol: str = "short",
+    dataset: str = "mnist",
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """How far each image had to go, float32 (n,), by row, as the book's store has it.
+
+    Raises
+    ------
+    ValueError
+        Nobody has measured the column, or its rows are not of the same number of images.
+    """
+    kept = load(chapters_folder(chapter, folder) / "results" / f"{chapter}.npz")
+    place = (table, column, metric, protocol, dataset, str(seed))
+    found = {
+        name: torch.from_numpy(array.astype("f4"))
+        for (in_table, name, *rest), array in kept.items()
+        if (in_table, *rest) == place and array.dtype != bool
+    }
+    if len({len(array) for array in found.values()}) != 1:
+        raise ValueError(f"{chapter} / {' / '.join(place)}: no distances of the same images")
+    return found
+
+
 def _name(identity: Sequence[str]) -> str:
     return "\t".join(identity)
 
