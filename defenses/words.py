@@ -51,6 +51,7 @@ TITLES = {
     "margins": "Norm, margin and distances",
     "masking": "Signs of masking",
     "mnist": "Adversarial training",
+    "nearer": "How near six attacks come, in four norms",
     "nearest": "Classes read from the nearest prototype",
     "pgd": "PGD",
     "pixels": "Attacks that change few pixels",
@@ -114,7 +115,7 @@ COLUMNS = {
 SHORT = {
     **{name: name.upper() for name in ("fgsm", "bim", "mim", "pgd", "apgd", "fab", "jsma", "c&w")},
     **{"autoattack": "AutoAttack", "deepfool": "DeepFool", "square": "Square", "ce": "CE"},
-    **{"t": "T", "l2": "L₂", "linf": "L∞", "carlini_wagner": "C&W"},
+    **{"t": "T", "l0": "L₀", "l1": "L₁", "l2": "L₂", "linf": "L∞", "carlini_wagner": "C&W"},
     **{f"layer{number}": f"layer {number}" for number in range(1, 6)},
 }
 
