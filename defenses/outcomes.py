@@ -105,6 +105,7 @@ def stored(
     table: str,
     row: str,
     column: str,
+    metric: str = "accuracy",
     *,
     protocol: str = "short",
     dataset: str = "mnist",
@@ -117,7 +118,7 @@ def stored(
     ValueError
         Nobody has measured the place, or only the number was kept.
     """
-    place = {"table": table, "row": row, "column": column, "metric": "accuracy"}
+    place = {"table": table, "row": row, "column": column, "metric": metric}
     place |= {"protocol": protocol, "dataset": dataset}
     file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
     rows = pd.read_csv(file, dtype=str, keep_default_na=False)
@@ -132,6 +133,18 @@ def stored(
     if not found:
         raise ValueError(f"{chapter} / {' / '.join(place.values())}: no image by image outcome")
     return found
+
+
+def of_row(row: Any, folder: str | Path | None = None) -> dict[str, Accuracy]:
+    """Which images were right behind a row of `results.row_of`, of the seeds where that is kept."""
+    kept = load(chapters_folder(row.chapter, folder) / "results" / f"{row.chapter}.npz")
+    place = tuple(row[name] for name in IDENTITY[:-1])
+    found = {seed: kept.get((*place, seed)) for seed in row.seed.split()}
+    return {
+        seed: Accuracy(torch.from_numpy(right.copy()), row.images)
+        for seed, right in found.items()
+        if right is not None and right.dtype == bool
+    }
 
 
 def _name(identity: Sequence[str]) -> str:

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from scipy.special import bdtr, ndtri, stdtrit
 
+from . import outcomes
 from .evaluation import Accuracy
+from .results import KEY, row_of
 
 MARGIN = 5.0  # percentage points: what counts as a difference that matters
 SAME = ("n", "images", "protocol", "dataset", "seed")  # what makes two rows comparable
@@ -58,23 +61,82 @@ def difference(
 ) -> tuple[float, float]:
     """The interval of ``a - factor * b`` at 99%, for one of `among` comparisons (Bonferroni).
 
-    `a` and `b` are stored rows: a value with its 95% interval, which is widened as that of a
-    normal error or, over several seeds, as Student's. The two errors are taken for independent: on
-    the same images they go together, and this is wider than a paired test, but for a row at 0%.
+    `a` and `b` are rows, as `results.row_of` returns them: a value with its 95% interval, which is
+    widened as that of a normal error or, over several seeds, as Student's. Where their seeds
+    differ, the rows of those seeds count that both have. Where it is stored which images were
+    right, the two errors go together as they do on these images (Newcombe, 1998, method 10), and
+    nothing is decided that the exact paired test does not decide; of several seeds, the interval
+    holds that of each. Elsewhere the errors are taken for independent, which is on the safe side,
+    but for a row at 0%.
 
     Raises
     ------
     ValueError
-        `same` is asked, and the two differ in n, images, protocol, data set or seeds. (Older rows
-        do not name their images; for those the same n has to do.)
+        `same` is asked, and the two differ in n, images, protocol or data set, or have no seed in
+        common. (Older rows do not name their images; for those the same n has to do.)
     """
-    if same and (other := [name for name in SAME if getattr(a, name) != getattr(b, name)]):
-        what = ", ".join(f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in other)
+    if same:
+        a, b = _alike(a, b)
+        if pairs := _pairs(a, b):
+            each = [_of_pair(*pair, factor, among) for pair in pairs]
+            return min(low for low, _ in each), max(high for _, high in each)
+    return _interval(a, b, factor, among, 0.0)
+
+
+def _alike(a: Any, b: Any) -> tuple[Any, Any]:
+    """The two rows, of the same seeds."""
+    one, other = set(a.seed.split()), set(b.seed.split())
+    if one != other and (common := sorted(one & other)):
+        a, b = (row_of(r.chapter, *(r[name] for name in KEY), seeds=common) for r in (a, b))
+    differ = [name for name in SAME if len({getattr(a, name), getattr(b, name)}) > 1]
+    if "images" in differ and "" in (a.images, b.images):
+        differ.remove("images")
+    if differ:
+        what = ", ".join(f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in differ)
         raise ValueError(f"two rows that cannot be compared: {what}")
+    return a, b
+
+
+def _pairs(a: Any, b: Any) -> list[tuple[Accuracy, Accuracy]]:
+    """Which images were right, by seed; none where that is not stored of them all."""
+    if not a.images or a.images != b.images:
+        return []
+    one, other = outcomes.of_row(a), outcomes.of_row(b)
+    seeds = a.seed.split()
+    whole = one.keys() & other.keys() >= {*seeds}
+    return [(one[seed], other[seed]) for seed in seeds] if whole else []
+
+
+def _of_pair(x: Accuracy, y: Accuracy, factor: float, among: int) -> tuple[float, float]:
+    a, b = (
+        SimpleNamespace(value=of.percent, ci_low=100 * of.ci[0], ci_high=100 * of.ci[1])
+        for of in (x, y)
+    )
+    low, high = _interval(a, b, factor, among, _together(x, y))
+    if factor == 1 and paired(x, y) >= LEVEL / among:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return low, high
+
+
+def _together(x: Accuracy, y: Accuracy) -> float:
+    """The correlation of two outcomes, nearer to 0 where it is positive (Newcombe, 1998)."""
+    a, b = x.correct.double(), y.correct.double()
+    covariance = float(x.n * (a @ b) - a.sum() * b.sum())
+    spread = math.sqrt(float(a.sum() * (x.n - a.sum()) * b.sum() * (x.n - b.sum())))
+    if covariance > 0:
+        covariance = max(covariance - x.n / 2, 0.0)
+    return covariance / spread if spread else 0.0
+
+
+def _interval(a: Any, b: Any, factor: float, among: int, together: float) -> tuple[float, float]:
     middle = a.value - factor * b.value
     of_a, of_b = _widening(a, among), factor * _widening(b, among)
-    down = math.hypot(of_a * (a.value - a.ci_low), of_b * (b.ci_high - b.value))
-    up = math.hypot(of_a * (a.ci_high - a.value), of_b * (b.value - b.ci_low))
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x + y * y - 2 * together * x * y))
+
+    down = reach(of_a * (a.value - a.ci_low), of_b * (b.ci_high - b.value))
+    up = reach(of_a * (a.ci_high - a.value), of_b * (b.value - b.ci_low))
     return middle - down, middle + up
 
 
