@@ -5,6 +5,7 @@ In the file of a run an outcome is JSON. In the book's store all those of a chap
 """
 
 import base64
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 
 from defenses.evaluation import Accuracy, Robustness, Share
-from defenses.results import KEY, chapters_folder
+from defenses.results import KEY, chapters_folder, version
 
 IDENTITY = [*KEY, "protocol", "dataset", "seed"]  # what names a row of the store
 Outcome = Accuracy | Robustness | Share
@@ -85,8 +86,11 @@ def load(file: Path) -> dict[tuple[str, ...], np.ndarray]:
     Bools say whether an image was right; float16 its distance, infinite where the attack failed and
     NaN where the image does not count. Empty without a file.
     """
-    if not file.is_file():
-        return {}
+    return _loaded(file, version(file)) if file.is_file() else {}
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(file: Path, _version: tuple[int, ...]) -> dict[tuple[str, ...], np.ndarray]:
     with np.load(file, allow_pickle=False) as content:
         names = content["names"].item().decode().split("\n")
         lengths, is_bits = content["lengths"], content["is_bits"]

@@ -129,7 +129,7 @@ def printed(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     file = chapters_folder(chapter, folder) / "paper" / f"{chapter}.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: expected the numbers that the paper prints")
-    return _transcribed(file, _version(file)).copy()
+    return _transcribed(file, version(file)).copy()
 
 
 def best(
@@ -263,7 +263,7 @@ def _measured(chapter: str, measured: Rows | None, folder: str | Path | None) ->
     if measured is not None:
         return _of_seeds(_frame(measured))
     file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
-    return _stored(file, _version(file))
+    return _stored(file, version(file))
 
 
 def _at(frame: pd.DataFrame, *place: str) -> pd.DataFrame:
@@ -288,7 +288,7 @@ def _best(
     return frame.sort_values("order", kind="stable").drop_duplicates(KEY).drop(columns="order")
 
 
-def _version(file: Path) -> tuple[int, ...]:
+def version(file: Path) -> tuple[int, ...]:
     """What differs when a file has been written anew; () where there is none."""
     if not file.is_file():
         return ()
