@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .prose import Prose
-from .results import KEY, chapters_folder, printed, row_of
+from .results import KEY, chapters_folder, printed, row_at
 from .yardstick import MARGIN, difference
 
 ALIKE = 1.0  # percentage points within which two accuracies count as one
@@ -133,7 +133,7 @@ def _row(chapter: str, place: str) -> Any:
     parts = rest.split(" / ")
     key = [*parts, *["accuracy"] * (4 - len(parts))]
     if source != "paper":
-        row = row_of(source or chapter, *key)
+        row = row_at(source or chapter, *key)
         without = math.isnan(row.ci_low)  # what has no interval is taken as it is
         return row.where(~row.index.isin(["ci_low", "ci_high"]), row.value) if without else row
     frame = printed(chapter)

@@ -140,7 +140,7 @@ def stored(
 
 
 def of_row(row: Any, folder: str | Path | None = None) -> dict[str, Accuracy]:
-    """Which images were right behind a row of `results.row_of`, of the seeds where that is kept."""
+    """Which images were right behind a row of `results.row_at`, of the seeds where that is kept."""
     kept = load(chapters_folder(row.chapter, folder) / "results" / f"{row.chapter}.npz")
     place = tuple(row[name] for name in IDENTITY[:-1])
     found = {seed: kept.get((*place, seed)) for seed in row.seed.split()}

@@ -177,7 +177,7 @@ def value(
     place = (table, row, column, metric)
     if source == "measured":
         choice: dict[str, Any] = {"dataset": dataset, "protocol": protocol, "folder": folder}
-        return float(row_of(chapter, *place, measured=measured, **choice)["value"])
+        return float(row_at(chapter, *place, measured=measured, **choice)["value"])
     theirs = _at(printed(chapter, folder), *place)
     if theirs.empty:
         name = " / ".join([chapter, *place])
@@ -187,7 +187,7 @@ def value(
     return float(theirs["value"].iloc[0])
 
 
-def row_of(
+def row_at(
     chapter: str,
     table: str,
     row: str,

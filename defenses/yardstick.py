@@ -11,10 +11,10 @@ from scipy.special import bdtr, ndtri, stdtrit
 
 from . import outcomes
 from .evaluation import Accuracy
-from .results import KEY, row_of
+from .results import KEY, row_at
 
 MARGIN = 5.0  # percentage points: what counts as a difference that matters
-SAME = ("n", "images", "protocol", "dataset", "seed")  # what makes two rows comparable
+SAME = ("n", "images", "protocol", "dataset")  # what makes two rows comparable
 LEVEL = 0.01  # of the paired test, before it is divided by the number of comparisons
 
 
@@ -61,13 +61,13 @@ def difference(
 ) -> tuple[float, float]:
     """The interval of ``a - factor * b`` at 99%, for one of `among` comparisons (Bonferroni).
 
-    `a` and `b` are rows, as `results.row_of` returns them: a value with its 95% interval, which is
-    widened as that of a normal error or, over several seeds, as Student's. Where their seeds
-    differ, the rows of those seeds count that both have. Where it is stored which images were
-    right, the two errors go together as they do on these images (Newcombe, 1998, method 10), and
-    nothing is decided that the exact paired test does not decide; of several seeds, the interval
-    holds that of each. Elsewhere the errors are taken for independent, which is on the safe side,
-    but for a row at 0%.
+    `a` and `b` are rows, as `results.row_at` returns them: a value with its 95% interval, which is
+    widened as that of a normal error or, over several seeds, as Welch's. Where their seeds differ,
+    the rows of those seeds count that both have (older means, which cannot be parted, count as they
+    are). Where it is stored which images were right, the two errors go together as they do on these
+    images (Newcombe, 1998, method 10), and nothing is decided that the exact paired test does not
+    decide; of several seeds, the interval holds that of each. Elsewhere the errors are taken for
+    independent, which is on the safe side, but for a row at 0%.
 
     Raises
     ------
@@ -85,11 +85,13 @@ def difference(
 
 def _alike(a: Any, b: Any) -> tuple[Any, Any]:
     """The two rows, of the same seeds."""
-    one, other = set(a.seed.split()), set(b.seed.split())
-    if one != other and (common := sorted(one & other)):
-        a, b = (row_of(r.chapter, *(r[name] for name in KEY), seeds=common) for r in (a, b))
-    differ = [name for name in SAME if len({getattr(a, name), getattr(b, name)}) > 1]
-    if "images" in differ and "" in (a.images, b.images):
+    common = set(a.seed.split()) & set(b.seed.split())
+    if not common:
+        raise ValueError(f"two rows that cannot be compared: seed {a.seed} and {b.seed}")
+    if a.seed != b.seed:
+        a, b = _of_seeds(a, common), _of_seeds(b, common)
+    differ = [name for name in SAME if getattr(a, name) != getattr(b, name)]
+    if "images" in differ and not (a.images and b.images):
         differ.remove("images")
     if differ:
         what = ", ".join(f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in differ)
@@ -97,9 +99,17 @@ def _alike(a: Any, b: Any) -> tuple[Any, Any]:
     return a, b
 
 
+def _of_seeds(row: Any, seeds: set[str]) -> Any:
+    """The row of some of its seeds; an older mean, which cannot be parted, as it is."""
+    try:
+        return row_at(row.chapter, *(row[name] for name in KEY), seeds=sorted(seeds))
+    except ValueError:
+        return row
+
+
 def _pairs(a: Any, b: Any) -> list[tuple[Accuracy, Accuracy]]:
     """Which images were right, by seed; none where that is not stored of them all."""
-    if not a.images or a.images != b.images:
+    if not a.images or (a.images, a.seed) != (b.images, b.seed):
         return []
     one, other = outcomes.of_row(a), outcomes.of_row(b)
     seeds = a.seed.split()
@@ -129,23 +139,34 @@ def _together(x: Accuracy, y: Accuracy) -> float:
 
 
 def _interval(a: Any, b: Any, factor: float, among: int, together: float) -> tuple[float, float]:
-    middle = a.value - factor * b.value
-    of_a, of_b = _widening(a, among), factor * _widening(b, among)
+    of_a, of_b = (len(str(getattr(row, "seed", "0")).split()) - 1 or math.inf for row in (a, b))
 
     def reach(x: float, y: float) -> float:
+        freedom = _freedom(x / _quantile(0.975, of_a), of_a, y / _quantile(0.975, of_b), of_b)
+        x, y = x * _widening(freedom, of_a, among), y * _widening(freedom, of_b, among)
         return math.sqrt(max(0.0, x * x + y * y - 2 * together * x * y))
 
-    down = reach(of_a * (a.value - a.ci_low), of_b * (b.ci_high - b.value))
-    up = reach(of_a * (a.ci_high - a.value), of_b * (b.value - b.ci_low))
+    middle = a.value - factor * b.value
+    down = reach(a.value - a.ci_low, factor * (b.ci_high - b.value))
+    up = reach(a.ci_high - a.value, factor * (b.value - b.ci_low))
     return middle - down, middle + up
 
 
-def _widening(row: Any, among: int) -> float:
-    """From a 95% interval to 99%, for one of `among`."""
-    freedom, level = len(str(getattr(row, "seed", "0")).split()) - 1, 1 - LEVEL / 2 / among
-    if freedom:
-        return float(stdtrit(freedom, level) / stdtrit(freedom, 0.975))
-    return float(ndtri(level) / ndtri(0.975))
+def _freedom(x: float, of_x: float, y: float, of_y: float) -> float:
+    """Degrees of freedom of the difference of two means with standard errors x and y (Welch)."""
+    spread = x**4 / of_x + y**4 / of_y
+    return (x * x + y * y) ** 2 / spread if spread else math.inf
+
+
+def _widening(freedom: float, own: float, among: int) -> float:
+    """From a 95% interval of `own` degrees of freedom to 99%, for one of `among`."""
+    level = 1 - LEVEL / 2 / among
+    draw = ndtri(level) / ndtri(0.975)  # over seeds, an interval may still be that of the images
+    return float(max(draw, _quantile(level, freedom) / _quantile(0.975, own)))
+
+
+def _quantile(level: float, freedom: float) -> float:
+    return float(ndtri(level) if math.isinf(freedom) else stdtrit(freedom, level))
 
 
 def judge(

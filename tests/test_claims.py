@@ -170,7 +170,7 @@ def test_without_images_a_common_seed_is_compared_by_intervals(shelf: Path) -> N
     row = measure("t", "a", "x", "accuracy", 50, n=1000, ci=(47, 53), seed=1, images="i", **how)
     record("toy", [row], shelf)
     assert claim("a > b").answer(["a > b"]) is True  # 90.0 at seed 0, not the mean of 70.0
-    rows = results.row_of("toy", "t", "a", "x", seeds=["1"]), claim().rows["b"]
+    rows = results.row_at("toy", "t", "a", "x", seeds=["1"]), claim().rows["b"]
     with pytest.raises(ValueError, match="cannot be compared: seed 1 and 0"):
         difference(*rows)
 
