@@ -186,7 +186,7 @@ def judge(
     ----------
     left, twin : mapping from a seed to Accuracy
         What the worst case of all attacks leaves of the defense, and of its twin on the same
-        images; the seeds are those of the defense, and its twin may have more.
+        images; the seeds that both have are judged.
     claimed : float, optional
         In percent. Without a claim a defense can help, and no more.
     comparisons : int
@@ -195,15 +195,15 @@ def judge(
     Raises
     ------
     ValueError
-        There is no seed, one of them lacks its twin, or the two differ in images.
+        They have no seed in common, or differ in images.
     """
-    if not left or left.keys() - twin.keys():
+    if not (seeds := sorted(left.keys() & twin.keys())):
         raise ValueError(
-            f"seeds {sorted(left)} and {sorted(twin)}: expected one at least, each with its twin"
+            f"seeds {sorted(left)} and {sorted(twin)}: expected one at least, with its twin"
         )
-    p = max(paired(left[seed], twin[seed]) for seed in left)
+    p = max(paired(left[seed], twin[seed]) for seed in seeds)
     ours, theirs = (
-        float(torch.tensor([of[seed].percent for seed in left], dtype=torch.float64).mean())
+        float(torch.tensor([of[seed].percent for seed in seeds], dtype=torch.float64).mean())
         for of in (left, twin)
     )
     word = "does not hold"
