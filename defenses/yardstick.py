@@ -62,12 +62,12 @@ def difference(
     """The interval of ``a - factor * b`` at 99%, for one of `among` comparisons (Bonferroni).
 
     `a` and `b` are rows, as `results.row_at` returns them: a value with its 95% interval, which is
-    widened as that of a normal error or, over several seeds, as Welch's. Where their seeds differ,
-    the rows of those seeds count that both have (older means, which cannot be parted, count as they
-    are). Where it is stored which images were right, the two errors go together as they do on these
-    images (Newcombe, 1998, method 10), and nothing is decided that the exact paired test does not
-    decide; of several seeds, the interval holds that of each. Elsewhere the errors are taken for
-    independent, which is on the safe side, but for a row at 0%.
+    widened as that of a normal error or, over several seeds, as Welch's; `b` may be a bare number.
+    Where their seeds differ, the rows of those seeds count that both have (older means, which
+    cannot be parted, count as they are). Where it is stored which images were right, the two errors
+    go together as they do on these images (Newcombe, 1998, method 10), and nothing is decided that
+    the exact paired test does not decide; of several seeds, the interval holds that of each.
+    Elsewhere the errors are taken for independent, which is on the safe side, but for a row at 0%.
 
     Raises
     ------
@@ -75,12 +75,16 @@ def difference(
         `same` is asked, and the two differ in n, images, protocol or data set, or have no seed in
         common. (Older rows do not name their images; for those the same n has to do.)
     """
+    each: list[tuple[float, float]] = []
     if same:
         a, b = _alike(a, b)
-        if pairs := _pairs(a, b):
-            each = [_of_pair(*pair, factor, among) for pair in pairs]
-            return min(low for low, _ in each), max(high for _, high in each)
-    return _interval(a, b, factor, among, 0.0)
+        each = [_of_pair(*pair, factor, among) for pair in _pairs(a, b)]
+    elif not hasattr(b, "seed") and getattr(a, "images", ""):
+        kept = outcomes.of_row(a)
+        if kept.keys() >= {*a.seed.split()}:
+            each = [_interval(_row(of), b, factor, among, 0.0) for of in kept.values()]
+    each = each or [_interval(a, b, factor, among, 0.0)]
+    return min(low for low, _ in each), max(high for _, high in each)
 
 
 def _alike(a: Any, b: Any) -> tuple[Any, Any]:
@@ -118,14 +122,14 @@ def _pairs(a: Any, b: Any) -> list[tuple[Accuracy, Accuracy]]:
 
 
 def _of_pair(x: Accuracy, y: Accuracy, factor: float, among: int) -> tuple[float, float]:
-    a, b = (
-        SimpleNamespace(value=of.percent, ci_low=100 * of.ci[0], ci_high=100 * of.ci[1])
-        for of in (x, y)
-    )
-    low, high = _interval(a, b, factor, among, _together(x, y))
+    low, high = _interval(_row(x), _row(y), factor, among, _together(x, y))
     if factor == 1 and paired(x, y) >= LEVEL / among:
         low, high = min(low, 0.0), max(high, 0.0)
     return low, high
+
+
+def _row(of: Accuracy) -> Any:
+    return SimpleNamespace(value=of.percent, ci_low=100 * of.ci[0], ci_high=100 * of.ci[1])
 
 
 def _together(x: Accuracy, y: Accuracy) -> float:

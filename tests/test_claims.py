@@ -165,6 +165,15 @@ def test_seeds_may_arrive_one_network_at_a_time(shelf: Path) -> None:
     assert low < 0 < high == before[1]
 
 
+def test_a_second_seed_near_the_first_does_not_open_what_was_decided(shelf: Path) -> None:
+    """Against a number, too, every seed is asked; Student's of two seeds would decide nothing."""
+    for seed, count in enumerate((970, 960)):
+        kept(shelf, "a", seed, accuracy(count, 1000))
+    assert claim().answer(["a > 90"]) is True and claim().answer(["a >= printed"]) is True
+    kept(shelf, "a", 2, accuracy(900, 1000))
+    assert claim().answer(["a > 90"]) is None
+
+
 def test_without_images_a_common_seed_is_compared_by_intervals(shelf: Path) -> None:
     how: dict[str, Any] = {"protocol": "short", "dataset": "mnist", "device": "cpu", "seconds": 1.0}
     row = measure("t", "a", "x", "accuracy", 50, n=1000, ci=(47, 53), seed=1, images="i", **how)
