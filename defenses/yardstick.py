@@ -79,7 +79,7 @@ def difference(
     if same:
         a, b = _alike(a, b)
         each = [_of_pair(*pair, factor, among) for pair in _pairs(a, b)]
-    elif not hasattr(b, "seed") and getattr(a, "images", ""):
+    elif not hasattr(b, "seed") and hasattr(a, "chapter"):
         kept = outcomes.of_row(a)
         if kept.keys() >= {*a.seed.split()}:
             each = [_interval(_row(of), b, factor, among, 0.0) for of in kept.values()]
