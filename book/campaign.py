@@ -100,11 +100,19 @@ def execute(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def do(unit: Unit, results: Path, data_root: str = "") -> None:
-    """Train and measure what `unit` lacks, and mark it as done."""
+    """Train and measure what `unit` lacks, and mark it as done.
+
+    Raises
+    ------
+    ValueError
+        The chapter has no network, and no measurement of several, of that name.
+    """
     with free_gpu() as device, contextlib.redirect_stdout(sys.stderr):
         parameters = {"protocol": unit.protocol, "dataset": unit.dataset, "seed": unit.seed}
         parameters |= {"only": unit.only, "results": str(results.resolve()), "device": device}
-        execute(unit.notebook, parameters | {"data_root": data_root})
+        names = execute(unit.notebook, parameters | {"data_root": data_root})
+    if unit.only and unit.only not in (known := names["run"].known):
+        raise ValueError(f"{unit.chapter} has no {unit.only!r}, expected one of {known}")
     unit.done(results).parent.mkdir(parents=True, exist_ok=True)
     unit.done(results).write_text(code.digest(unit.notebook))
 

@@ -282,6 +282,12 @@ def test_an_unknown_parameter_is_an_error(toy: Path) -> None:
         campaign.execute(toy / "chapters" / f"{CHAPTER}.ipynb", {"epochs": 3})
 
 
+def test_an_unknown_network_is_an_error_and_not_done(toy: Path) -> None:
+    with pytest.raises(ValueError, match=r"toy has no 'sm', .*\['SM', 'L2SM', 'transfer'\]"):
+        campaign.do(unit("sm"), toy / "runs")
+    assert not [*(toy / "runs").rglob("*.*")]
+
+
 def test_two_units_take_two_gpus_and_a_dead_one_gives_its_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

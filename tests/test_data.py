@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import struct
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torchvision import datasets
 from torchvision.datasets import ImageFolder
 
 from defenses import data as data_module
-from defenses.data import batches, crop_and_flip, gaussian_noise, load_data, to_float
+from defenses.data import batches, crop_and_flip, digest, gaussian_noise, load_data, to_float
 
 RNG = np.random.default_rng(0)
 MNIST_MD5 = {
@@ -653,3 +654,14 @@ def test_noise_has_the_deviation_that_is_asked_for() -> None:
 def test_noise_of_negative_size_is_refused(sigma: float) -> None:
     with pytest.raises(ValueError, match="sigma must not be negative"):
         gaussian_noise(torch.zeros(1, 1, 2, 2), torch.Generator(), sigma)
+
+
+def test_a_digest_reads_the_images_where_they_lie() -> None:
+    images = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
+    tracemalloc.start()
+    name = digest([images])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < images.numel() / 10
+    assert name == digest([images.to(memory_format=torch.channels_last)])
+    assert name != digest([images + 1])

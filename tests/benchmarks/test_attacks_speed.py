@@ -214,11 +214,11 @@ LAST = 6  # of ours: the first look and ten last ones cost as much as six steps
 def test_least_change(name: str, norm: str, benchmark: Any, note: Note) -> None:
     """DDN, FMN, PDPGD and σ-zero beside adv-lib's and foolbox's, by `optimality`, in one norm.
 
-    The best known distance of an image is the least that any of them found. On a network trained
-    against attacks a gap of a hundredth is a tie.
+    The best known distance of an image is the least that any of them found. The best of ours may
+    score less than the best of theirs by two standard errors, image by image.
     """
     victim = trained(name)
-    victim = dataclasses.replace(victim, x=victim.x[:50], y=victim.y[:50])
+    victim = dataclasses.replace(victim, x=victim.x[:100], y=victim.y[:100])
     order: Any = {"l2": 2, "linf": torch.inf, "l1": 1, "l0": 0}[norm]
     few: dict[str, Any] = {"steps": LEAST_STEPS - LAST}
     peer: dict[str, Any] = {"steps": LEAST_STEPS}
@@ -265,6 +265,7 @@ def test_least_change(name: str, norm: str, benchmark: Any, note: Note) -> None:
                 where = ("least", f"{norm}, {name}", row, metric, number)
                 rows.append(kept(*where, seconds=seconds, **how))
     note(rows)
-    tie = 0.001 if name == "undefended" else 0.01
-    strongest = max(theirs, key=lambda attack: score[attack])
-    assert max(score[attack] for attack in ours) >= score[strongest] - tie, score
+    ahead, strongest = (max(some, key=lambda attack: score[attack]) for some in (ours, theirs))
+    farthest = best[best.isfinite()].amax()  # `optimality` counts no distance beyond
+    longer = found[ahead][0].clamp(max=farthest) - found[strongest][0].clamp(max=farthest)
+    assert longer.mean() <= 2 * longer.std() / len(longer) ** 0.5, score
