@@ -300,32 +300,6 @@ def test_runs_as_a_plain_script(path: Path, clone: Path) -> None:
     runs_as_a_plain_script(clone / path.relative_to(ROOT))
 
 
-@pytest.mark.slow
-@every_chapter
-def test_set_up_cell_fetches_the_book_where_it_is_missing(path: Path, tmp_path: Path) -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: nothing to clone")
-    (cell,) = code_cells(read(path), "setup")
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", "bare"], cwd=tmp_path, check=True
-    )
-    ask = "print(importlib.util.find_spec('defenses').origin)"
-    run = subprocess.run(
-        ["bare/bin/python", "-c", f"{cell.source}\n{ask}"],
-        cwd=tmp_path,
-        env={
-            "PATH": os.environ["PATH"],
-            "GIT_CONFIG_COUNT": "1",
-            "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
-            "GIT_CONFIG_VALUE_0": f"https://github.com/{address.slug(ROOT)}",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.strip()).is_relative_to(tmp_path)
-
-
 # The rules catch what they are there for.
 
 
