@@ -6,6 +6,7 @@ plumbing folded, exercises without solutions. `NAME-solutions.ipynb` has the exe
 solutions, and of the chapter's code as much as these need.
 """
 
+import base64
 import copy
 import hashlib
 import itertools
@@ -43,6 +44,8 @@ TITLES = {  # of a folded cell, by what its code says
     "": "Code",
 }
 LINKED = re.compile(r"\{(?:prf:ref|eq)\}`([\w-]+)`|\]\([^)\s#]*#([\w-]+)\)")
+ADDRESSES = {"url": "", "doi": "https://doi.org/", "eprint": "https://arxiv.org/abs/"}
+WIDTH = 760  # of a picture, at most: that of a page's text
 # What has a meaning in MyST and none elsewhere, and what must stay as it is: code and mathematics.
 INLINE = re.compile(
     r"^```.*?^```$|\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]+`"
@@ -191,6 +194,8 @@ class Book:
         """
         if re.match(r"https?:", link):
             return link
+        if link.endswith("book/references.md"):
+            return "#scrollTo=references"  # every notebook has its own
         path, _, label = link.partition("#")
         other = PurePosixPath(path).stem or stem
         if label and (found := self.places.get(f"{other}#{label}") or self.places.get(label)):
@@ -231,7 +236,7 @@ class Book:
         return re.findall("^# (.+)", path.read_text("utf-8"), re.M)[0]
 
     def cite(self, key: str, in_text: bool = False) -> str:
-        """Authors and year, linked to the reference."""
+        """Authors and year, linked to the paper, or else to the list of references."""
         entry = self.bibliography.entries[key]
         last = [
             "".join(str(name) for name in person.rich_last_names)
@@ -240,17 +245,18 @@ class Book:
         who = f"{last[0]} et al." if len(last) > 2 else " and ".join(last)
         year = entry.fields["year"]
         words = f"{who} ({year})" if in_text else f"{who}, {year}"
-        return f"[{words}](#scrollTo=ref-{key})"
+        texts = {name: f"{at}{entry.fields.get(name)}" for name, at in ADDRESSES.items()}
+        places = [texts[name] for name in ADDRESSES if name in entry.fields]
+        return f"[{words}]({[*places, '#scrollTo=references'][0]})"
 
-    def references(self, cited: set[str]) -> Iterator[Part]:
-        """What was cited, a part each, so that a link leads to the very entry."""
-        if cited:
-            yield Part("text", "## References", labels=["references"])
+    def references(self, cited: set[str]) -> Part:
+        """What was cited, in the order of the authors."""
         style = find_plugin("pybtex.style.formatting", "plain")()
+        lines = ["## References\n"]
         for entry in style.format_bibliography(self.bibliography, sorted(cited)):
             text = entry.text.render_as("markdown").replace("\n", " ")
-            text = re.sub(r"\\([.\-()])", r"\1", text)  # escaped without need
-            yield Part("text", text, labels=[f"ref-{entry.key}"])
+            lines.append("- " + re.sub(r"\\([.\-()])", r"\1", text))  # escaped without need
+        return Part("text", "\n".join(lines), labels=["references"])
 
     def readable(self, stem: str) -> NotebookNode:
         """The notebook `stem` without solutions."""
@@ -271,7 +277,8 @@ class Book:
         head += f"The exercises of [{title}]({stem}.ipynb) with their solutions. The code in "
         head += "between is what they need of the chapter.\n"
         given = [Part("code", cell=cell, title="From the chapter") for cell in kept]
-        given[0].title = ""
+        for part in given[:1]:
+            part.title = ""  # the set-up has its own
         return self._notebook(stem, f"{stem}-solutions", [Part("text", head), *given, *own])
 
     def _notebook(self, stem: str, file: str, chosen: Iterable[Part]) -> NotebookNode:
@@ -294,7 +301,8 @@ class Book:
         self, stem: str, file: str, chosen: Iterable[Part], cited: set[str]
     ) -> Iterator[Part]:
         yield from chosen
-        yield from self.references(cited)
+        if cited:
+            yield self.references(cited)
         text = f"*Made from `{self.folders[stem]}/{stem}.md` by `make sync`: edit that one.*"
         yield Part("text", text)
 
@@ -309,7 +317,8 @@ class Book:
             return
         text = _dressed(part, solved=file != stem)
         if text := self.plain(text, stem, file, cited).strip():
-            linked = part.id.startswith(("ref-", "solution-")) or self.linked & {*part.labels}
+            own = part.id == "references" or part.kind == "solution-start"
+            linked = own or self.linked & {*part.labels}
             anchor = f'<a id="scrollTo={part.id}"></a>\n\n' if linked else ""
             yield new_markdown_cell(anchor + text)
 
@@ -327,6 +336,7 @@ class Book:
             says = next(title for word, title in TITLES.items() if word in cell.source)
             cell.source = f"# @title {part.name or part.title or says}\n{cell.source}"
             cell.metadata |= {"cellView": "form", "jupyter": {"source_hidden": True}}
+            cell.metadata["transient"] = {"remove_source": True}  # nbconvert
         if {*tags} & OUTPUT_FOLDED:
             cell.metadata.collapsed = True
             cell.metadata.setdefault("jupyter", {})["outputs_hidden"] = True
@@ -335,8 +345,11 @@ class Book:
             data = output.get("data", {})
             if "text/markdown" in data:
                 data["text/markdown"] = self.plain(data["text/markdown"], stem, file, cited)
-            if "image/png" in data and "alt" in said:
-                output.metadata["image/png"] = {"alt": " ".join(said["alt"].split())}
+            if "image/png" in data:
+                header = base64.b64decode(data["image/png"][:32])
+                shown = {"width": min(WIDTH, int.from_bytes(header[16:20], "big"))}
+                shown |= {"alt": " ".join(said["alt"].split())} if "alt" in said else {}
+                output.metadata["image/png"] = shown
         return cell
 
 

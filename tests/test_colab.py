@@ -88,6 +88,7 @@ def test_plumbing_is_folded_in_jupyter_and_in_colab(path: Path) -> None:
         folded = bool(colab.FOLDED & {*cell.metadata.get("tags", [])})
         assert folded == cell.metadata.get("jupyter", {}).get("source_hidden", False)
         assert folded == (cell.metadata.get("cellView") == "form")
+        assert folded == ("transient" in cell.metadata)
         assert folded == cell.source.startswith("# @title ")
 
 
@@ -125,7 +126,9 @@ def test_stored_figures_are_shown_by_cells() -> None:
         for cell in code_cells(read(FOLDER / path.name)):
             if name := re.search(r'^Picture\(CHAPTER, "(.+)"\)', cell.source, re.M):
                 (output,) = cell.outputs
-                assert "image/png" in output.data and output.metadata["image/png"]["alt"]
+                assert "image/png" in output.data
+                assert output.metadata["image/png"]["alt"]
+                assert 300 < output.metadata["image/png"]["width"] <= colab.WIDTH
                 shown.add(f"{path.stem}-{name[1]}")
     assert shown == stored
 
@@ -134,7 +137,7 @@ def test_stored_figures_are_shown_by_cells() -> None:
 
 CHAPTER = """# One
 
-As {cite:t}`madry2018` show {cite}`goodfellow2015,croce2020`,
+As {cite:t}`madry2018` show {cite}`goodfellow2015,wilson1927`,
 see {prf:ref}`prop-one` and [two](two.ipynb).
 
 :::{prf:proposition} Small
@@ -193,16 +196,16 @@ def said(book: colab.Book) -> str:
 @pytest.mark.parametrize(
     "expected",
     [
-        "As [Madry et al. (2018)](#scrollTo=ref-madry2018) show",
-        "([Goodfellow et al., 2015](#scrollTo=ref-goodfellow2015); "
-        "[Croce and Hein, 2020](#scrollTo=ref-croce2020))",
+        "As [Madry et al. (2018)](https://arxiv.org/abs/1706.06083) show",
+        "([Goodfellow et al., 2015](https://arxiv.org/abs/1412.6572); "
+        "[Wilson, 1927](#scrollTo=references))",
         "see [Proposition 1.1](#scrollTo=prop-one) and [two](two.ipynb).",
         '<a id="scrollTo=prop-one"></a>\n\n**Proposition 1.1 (Small).** For every $x$.',
         "*Proof.*\n\n$$\nx = x\n$$\n\n∎",
         "<details><summary>More</summary>\n\nText.\n\n</details>",
         "**Exercise 1.1 (Show it).** Do.\n\n"
         "[Solution](one-solutions.ipynb#scrollTo=solution-ex-one)",
-        "Aleksander Madry, Aleksandar Makelov",
+        '<a id="scrollTo=references"></a>\n\n## References\n\n- Ian J. Goodfellow',
     ],
 )
 def test_each_construct_becomes_plain_markdown(tmp_path: Path, expected: str) -> None:
