@@ -92,7 +92,11 @@ def parts(notebook: NotebookNode, linked: set[str]) -> list[Part]:
                 solves, part.labels = part.title, [f"solution-{part.title}"]
             part.solves = solves
             solves = "" if part.kind == "solution-end" else solves
-            found.append(part)
+            heads = found and found[-1].kind == "solution-start"
+            if heads and part.kind == "text" and not part.labels:
+                found[-1].text += part.text  # the heading stands on its line
+            else:
+                found.append(part)
     return found
 
 
@@ -374,7 +378,7 @@ def _dressed(part: Part, solved: bool) -> str:
         case "margin" | "warning" | "note":
             return f"*{text}*" if "\n" not in text and "*" not in text else text
         case "solution-start":
-            return "**Solution.**"
+            return _joined("**Solution.**", text)
         case kind if kind in NUMBERED:
             heading = f"**{part.name}{f' ({title})' if title else ''}.**"
             if kind == "exercise" and not solved:
