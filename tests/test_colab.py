@@ -10,7 +10,8 @@ from nbformat import NotebookNode
 
 from book import colab, needed
 from book.build import notebooks
-from tests.test_notebooks import code_cells, is_plain_python, read
+from tests import test_notebooks
+from tests.test_notebooks import code_cells, is_plain_python
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / colab.FOLDER
@@ -21,6 +22,11 @@ CHAPTERS = [path for path in SOURCES if path.parent.name == "chapters"]
 every_one = pytest.mark.parametrize("path", MADE, ids=lambda path: path.stem)
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+@functools.cache
+def read(path: Path) -> NotebookNode:
+    return test_notebooks.read(path)
 
 
 @functools.cache
