@@ -351,7 +351,9 @@ class Book:
                 data["text/markdown"] = self.plain(data["text/markdown"], stem, file, cited)
             if "image/png" in data:
                 header = base64.b64decode(data["image/png"][:32])
-                shown = {"width": min(WIDTH, int.from_bytes(header[16:20], "big"))}
+                shown: dict[str, int | str] = {
+                    "width": min(WIDTH, int.from_bytes(header[16:20], "big"))
+                }
                 shown |= {"alt": " ".join(said["alt"].split())} if "alt" in said else {}
                 output.metadata["image/png"] = shown
         return cell
