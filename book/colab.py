@@ -82,12 +82,8 @@ def parts(notebook: NotebookNode, linked: set[str]) -> list[Part]:
     found: list[Part] = []
     solves = ""
     for cell in notebook.cells:
-        new = (
-            _split(cell.source, linked)
-            if cell.cell_type == "markdown"
-            else [Part("code", cell=cell)]
-        )
-        for part in new:
+        text = cell.cell_type == "markdown"
+        for part in _split(cell.source, linked) if text else [Part("code", cell=cell)]:
             if part.kind == "solution-start":
                 solves, part.labels = part.title, [f"solution-{part.title}"]
             part.solves = solves
@@ -106,19 +102,19 @@ def _split(source: str, linked: set[str]) -> Iterator[Part]:
     Raises
     ------
     ValueError
-        A directive is in backticks, or has no end.
+        A directive is in backticks or in another one, or has no end.
     """
     part, inside, code = Part("text"), False, False
     for line in source.splitlines():
-        if begins := re.match(r"(:::|```)\{([\w:-]+)\} ?(.*)", line):
-            if begins[1] == "```":
-                raise ValueError(f"outside the book this reads as code: {line}")
+        if begins := re.match(r"(:{3,}|`{3,})\{([\w:-]+)\} ?(.*)", line):
+            if inside or begins[1] != ":::":
+                raise ValueError(f"expected a directive with three colons, on its own: {line}")
             yield part
             part, inside = Part(begins[2], title=begins[3]), True
         elif inside and line == ":::":
             yield part
             part, inside = Part("text"), False
-        elif inside and not part.text.strip() and (option := re.match(r":(\w+): (.*)", line)):
+        elif inside and not part.text.strip() and (option := re.match(r":([\w-]+): (.*)", line)):
             part.labels += [option[2]] if option[1] == "label" else []
             part.folds |= option[2] == "dropdown"
         elif not (inside or code) and (label := re.fullmatch(r"\(([\w-]+)\)=", line)):
@@ -164,11 +160,9 @@ class Book:
             chapter += path.parent.name == "chapters"
             self._number(path.stem, chapter if path.parent.name == "chapters" else 0)
         for page in sorted((root / "book").glob("*.md")):
-            if page.stem not in self.notebooks:
-                for label in re.findall(
-                    r"^(?:\$\$ )?\(([\w-]+)\)=?$", page.read_text("utf-8"), re.M
-                ):
-                    self.places[label] = f"../../book/{page.name}#{label}"
+            text = "" if page.stem in self.notebooks else page.read_text(encoding="utf-8")
+            for label in re.findall(r"^(?:\$\$ )?\(([\w-]+)\)=?$", text, re.M):
+                self.places[label] = f"../../book/{page.name}#{label}"
 
     def _number(self, stem: str, chapter: int) -> None:
         count: Counter[str] = Counter()
@@ -242,16 +236,13 @@ class Book:
     def cite(self, key: str, in_text: bool = False) -> str:
         """Authors and year, linked to the paper, or else to the list of references."""
         entry = self.bibliography.entries[key]
-        last = [
-            "".join(str(name) for name in person.rich_last_names)
-            for person in entry.persons.get("author") or entry.persons["editor"]
-        ]
+        people = entry.persons.get("author") or entry.persons["editor"]
+        last = ["".join(map(str, person.rich_last_names)) for person in people]
         who = f"{last[0]} et al." if len(last) > 2 else " and ".join(last)
         year = entry.fields["year"]
         words = f"{who} ({year})" if in_text else f"{who}, {year}"
-        texts = {name: f"{at}{entry.fields.get(name)}" for name, at in ADDRESSES.items()}
-        places = [texts[name] for name in ADDRESSES if name in entry.fields]
-        return f"[{words}]({[*places, '#scrollTo=references'][0]})"
+        found = (at + entry.fields[name] for name, at in ADDRESSES.items() if name in entry.fields)
+        return f"[{words}]({next(found, '#scrollTo=references')})"
 
     def references(self, cited: set[str]) -> Part:
         """What was cited, in the order of the authors."""
@@ -268,9 +259,9 @@ class Book:
         return self._notebook(stem, stem, chosen)
 
     def solutions(self, stem: str) -> NotebookNode | None:
-        """The exercises of `stem` with their solutions; None where there are none."""
-        own = [part for part in self.parts[stem] if part.solves or part.kind == "exercise"]
-        if not any(part.solves for part in own):
+        """The exercises of `stem` that have solutions, with these; None where there are none."""
+        own = [part for part in self.parts[stem] if part.solves or self._solved(part)]
+        if not own:
             return None
         before = itertools.takewhile(lambda part: not part.solves, self.parts[stem])
         cells = [part.cell for part in before if part.cell is not None]
@@ -284,6 +275,9 @@ class Book:
         for part in given[:1]:
             part.title = ""  # the set-up has its own
         return self._notebook(stem, f"{stem}-solutions", [Part("text", head), *given, *own])
+
+    def _solved(self, part: Part) -> bool:
+        return part.kind == "exercise" and f"solution-{part.id}" in self.places
 
     def _notebook(self, stem: str, file: str, chosen: Iterable[Part]) -> NotebookNode:
         cited: set[str] = set()
@@ -319,7 +313,9 @@ class Book:
                 text = self.plain(" ".join(caption.split()), stem, file, cited)
                 yield new_markdown_cell(f"{name}{text}")
             return
-        text = _dressed(part, solved=file != stem)
+        text = _dressed(part)
+        if file == stem and self._solved(part):
+            text += f"\n\n[Solution](#solution-{part.id})"
         if text := self.plain(text, stem, file, cited).strip():
             own = part.id == "references" or part.kind == "solution-start"
             linked = own or self.linked & {*part.labels}
@@ -359,7 +355,7 @@ class Book:
         return cell
 
 
-def _dressed(part: Part, solved: bool) -> str:
+def _dressed(part: Part) -> str:
     """The text of a part with the title that its directive has on the page.
 
     Raises
@@ -382,10 +378,7 @@ def _dressed(part: Part, solved: bool) -> str:
         case "solution-start":
             return _joined("**Solution.**", text)
         case kind if kind in NUMBERED:
-            heading = f"**{part.name}{f' ({title})' if title else ''}.**"
-            if kind == "exercise" and not solved:
-                text += f"\n\n[Solution](#solution-{part.labels[0]})"
-            return _joined(heading, text)
+            return _joined(f"**{part.name}{f' ({title})' if title else ''}.**", text)
     raise ValueError(f"no plain text for the directive {part.kind}")
 
 
