@@ -33,8 +33,7 @@ from playwright.sync_api import (
 from book import address, build, colab
 
 ROOT = Path(__file__).resolve().parent.parent
-TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
-SOURCES = [TOC["root"], *(page["file"] for part in TOC["parts"] for page in part["chapters"])]
+SOURCES = build.pages(ROOT)
 PAGES = [f"{source.removesuffix('.ipynb')}.html" for source in SOURCES]
 CHAPTERS = [page for page in PAGES if page.startswith("chapters/")]
 
