@@ -73,8 +73,7 @@ def sync(paths: list[Path], root: Path = ROOT) -> list[str]:
                 winner = sides[0] if len(sides) == 1 else newer(path, root, noted.get(name))
                 for side in sides:  # jupytext takes the later
                     os.utime(side, (time.time() - 10 * (side != winner),) * 2)
-                within = winner.relative_to(root)  # jupytext takes brackets for a pattern
-                command = [sys.executable, "-m", "jupytext", "--quiet", "--sync", str(within)]
+                command = [sys.executable, "-m", "jupytext", "--quiet", "--sync", str(winner)]
                 subprocess.run(command, check=True, cwd=root)
             noted[name] = says(path)
         except ValueError as error:

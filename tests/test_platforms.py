@@ -106,5 +106,5 @@ def test_what_runs_elsewhere_names_what_is_here() -> None:
         assert done.returncode == 0, done.stderr
     assert "$PWD/chapters/colab:" in "".join(scripts)
     assert any((ROOT / "chapters" / "colab").glob("*.ipynb"))
-    assert sum("'.[test]'" in script for script in scripts) == 2
+    assert sum("'.[test]'" in script for script in scripts) == 1
     assert "\ntest = [" in (ROOT / "pyproject.toml").read_text("utf-8")
