@@ -1,5 +1,4 @@
-"""What the pages need beyond the theme: numbers by chapter, descriptions, one title, fewer bytes,
-and links to the notebooks that Colab can show.
+"""What the pages need beyond the theme: numbers by chapter, descriptions, one title, fewer bytes.
 
 A Sphinx extension; `_config.yml` names it under `local_extensions`.
 """
