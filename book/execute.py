@@ -36,7 +36,19 @@ def clean(notebook: NotebookNode) -> NotebookNode:
         taken.add(cell.id)
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = _joined(cell.outputs)
     return notebook
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Outputs with what a busy machine prints piece by piece in one piece."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        if found and output.get("name") == found[-1].get("name") == "stdout":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def picture(notebook: NotebookNode, tag: str) -> bytes | None:

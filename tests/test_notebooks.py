@@ -356,6 +356,13 @@ def test_executing_stores_no_noise_and_changes_nothing_twice(copy: Path) -> None
     assert "iopub" not in before  # a time stamp
 
 
+def test_what_is_printed_piece_by_piece_is_stored_in_one() -> None:
+    cell = code("print(1)\nprint(2)")
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=t) for t in ("1\n", "2\n")]
+    (stored,) = code_cells(execute.clean(notebook_of(cell)))
+    assert [output.text for output in stored.outputs] == ["1\n2\n"]
+
+
 def test_nbval_fails_on_a_tampered_output(copy: Path) -> None:
     text = copy.read_text()
     assert text.count('"42\\n"') == 1
