@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -131,6 +132,23 @@ def free_gpu() -> Iterator[str]:
         time.sleep(1)
 
 
+def end_with(process: int) -> None:
+    """End this process, whatever it is at, soon after the one with that number is gone.
+
+    What a unit has finished is kept; two of it at once would compute the same again.
+    """
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(process, 0)  # asks only whether it is there
+                time.sleep(0.5)
+        os._exit(1)
+
+    if os.name == "posix":  # elsewhere the question would kill it
+        threading.Thread(target=watch, daemon=True).start()
+
+
 # What there is to do
 
 
@@ -230,6 +248,7 @@ def _command(unit: Unit, options: argparse.Namespace) -> list[str]:
     words = [sys.executable, "-m", "book.campaign", "unit", unit.only, "--chapters", unit.chapter]
     words += ["--dataset", unit.dataset, "--protocol", unit.protocol, "--seeds", str(unit.seed)]
     words += [f"--results={options.results}", f"--data-root={options.data_root}"]
+    words += [] if options.executor else [f"--parent={os.getpid()}"]
     return words + ["--allow-changes"] * options.allow_changes
 
 
@@ -358,6 +377,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=ROOT / "runs")
     parser.add_argument("--data-root", default=_data())
     parser.add_argument("--loop", action="store_true", help="one by one, without Snakemake")
+    parser.add_argument("--parent", type=int, default=0, help="a unit ends with this process")
     parser.add_argument("--allow-changes", action="store_true", help="try code of no commit")
     options, rest = parser.parse_known_args(words)
     if rest and not options.executor:
@@ -384,6 +404,8 @@ def main(words: Sequence[str] | None = None) -> None:
     elif (reason := dirty()) and not options.allow_changes:
         sys.exit(reason)
     elif options.verb == "unit":
+        if options.parent:
+            end_with(options.parent)
         dataset = options.dataset or ("digits" if options.protocol == "quick" else "mnist")
         place = options.chapters[0], dataset, options.protocol, options.seeds[0], options.only
         do(Unit(*place), options.results, options.data_root)

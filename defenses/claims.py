@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .prose import Prose
-from .results import KEY, best, chapters_folder, printed
+from .results import KEY, chapters_folder, printed, row_at
 from .yardstick import MARGIN, difference
 
 ALIKE = 1.0  # percentage points within which two accuracies count as one
@@ -130,16 +130,18 @@ def _markdown(heads: list[str], rows: list[list[str]]) -> Prose:
 
 def _row(chapter: str, place: str) -> Any:
     source, _, rest = place.rpartition(": ")
-    chapter = source if source not in ("", "paper") else chapter
     parts = rest.split(" / ")
     key = [*parts, *["accuracy"] * (4 - len(parts))]
-    frame = printed(chapter) if source == "paper" else best(chapter)
+    if source != "paper":
+        row = row_at(source or chapter, *key)
+        without = math.isnan(row.ci_low)  # what has no interval is taken as it is
+        return row.where(~row.index.isin(["ci_low", "ci_high"]), row.value) if without else row
+    frame = printed(chapter)
     found = frame[(frame[KEY] == key).all(axis=1)]
     if len(found) != 1:
-        raise ValueError(f"{chapter} has {len(found)} rows at {place!r}, expected one")
+        raise ValueError(f"{chapter} prints {len(found)} rows at {place!r}, expected one")
     row = SimpleNamespace(**found.iloc[0].to_dict())
-    if source == "paper" or math.isnan(row.ci_low):  # what has no interval is taken as it is
-        row.ci_low = row.ci_high = row.value
+    row.ci_low = row.ci_high = row.value
     return row
 
 
@@ -163,5 +165,10 @@ class Number(str):
 
 
 def _seeds(*rows: Any) -> str:
-    seeds = sorted({seed for row in rows for seed in str(row.seed).split()})
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+    """The seeds that all rows have, and those that some have."""
+    each = [{*str(row.seed).split()} for row in rows]
+    of_some = sorted(set.union(*each))
+    of_all = sorted(set.intersection(*each)) or of_some
+    text = f"seed{'s' * (len(of_all) > 1)} {', '.join(of_all)}"
+    rest = [seed for seed in of_some if seed not in of_all]
+    return f"{text}, of some {', '.join(rest)}" if rest else text

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from scipy.special import stdtrit
+from scipy.special import bdtrik, stdtrit
 from torch import Tensor, nn
 
 from .attacks.contract import attacking, check_model, crafted, relative_norm
@@ -397,6 +397,28 @@ def mean_size(sizes: Tensor, unfooled: int = 0) -> Robustness:
     mean = float(sizes.mean())
     half = NORMAL_975 * float(sizes.std()) / math.sqrt(n) if n > 1 else math.inf
     return Robustness(mean, (mean - half, mean + half), n, unfooled, None if unfooled else sizes)
+
+
+def median_size(sizes: Tensor, images: str = "") -> Robustness:
+    """The median of `sizes` (n,), where infinite ones count as such, with a 95% interval.
+
+    The interval reaches from one order statistic to another, whatever the distribution: as far from
+    the middle as a fair coin, thrown n times, may fall. Fewer than six have none that is bounded.
+    `images` is their digest.
+
+    Raises
+    ------
+    ValueError
+        Where there is nothing to take the median of.
+    """
+    n = len(sizes)
+    if not n:
+        raise ValueError("there are no images to take the median of")
+    inner = math.ceil(bdtrik(0.025, n, 0.5))
+    ordered = [-math.inf, *sizes.sort().values.tolist(), math.inf]
+    ci = ordered[inner], ordered[n + 1 - inner]
+    middle = (ordered[(n + 1) // 2] + ordered[n // 2 + 1]) / 2
+    return Robustness(middle, ci, n, int(sizes.isposinf().sum()), sizes, images)
 
 
 def seed_interval(

@@ -5,6 +5,7 @@ In the file of a run an outcome is JSON. In the book's store all those of a chap
 """
 
 import base64
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 
 from defenses.evaluation import Accuracy, Robustness, Share
-from defenses.results import KEY, chapters_folder
+from defenses.results import KEY, chapters_folder, version
 
 IDENTITY = [*KEY, "protocol", "dataset", "seed"]  # what names a row of the store
 Outcome = Accuracy | Robustness | Share
@@ -85,8 +86,11 @@ def load(file: Path) -> dict[tuple[str, ...], np.ndarray]:
     Bools say whether an image was right; float16 its distance, infinite where the attack failed and
     NaN where the image does not count. Empty without a file.
     """
-    if not file.is_file():
-        return {}
+    return _loaded(file, version(file)) if file.is_file() else {}
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(file: Path, _version: tuple[int, ...]) -> dict[tuple[str, ...], np.ndarray]:
     with np.load(file, allow_pickle=False) as content:
         names = content["names"].item().decode().split("\n")
         lengths, is_bits = content["lengths"], content["is_bits"]
@@ -105,6 +109,7 @@ def stored(
     table: str,
     row: str,
     column: str,
+    metric: str = "accuracy",
     *,
     protocol: str = "short",
     dataset: str = "mnist",
@@ -117,7 +122,7 @@ def stored(
     ValueError
         Nobody has measured the place, or only the number was kept.
     """
-    place = {"table": table, "row": row, "column": column, "metric": "accuracy"}
+    place = {"table": table, "row": row, "column": column, "metric": metric}
     place |= {"protocol": protocol, "dataset": dataset}
     file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
     rows = pd.read_csv(file, dtype=str, keep_default_na=False)
@@ -132,6 +137,48 @@ def stored(
     if not found:
         raise ValueError(f"{chapter} / {' / '.join(place.values())}: no image by image outcome")
     return found
+
+
+def sizes(
+    chapter: str,
+    table: str,
+    column: str,
+    metric: str,
+    *,
+    protocol: str = "short",
+    dataset: str = "mnist",
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """How far each image had to go, float32 (n,), by row, as the book's store has it.
+
+    Raises
+    ------
+    ValueError
+        Nobody has measured the column, or its rows are not of the same number of images.
+    """
+    kept = load(chapters_folder(chapter, folder) / "results" / f"{chapter}.npz")
+    place = (table, column, metric, protocol, dataset, str(seed))
+    found = {
+        name: torch.from_numpy(array.astype("f4"))
+        for (in_table, name, *rest), array in kept.items()
+        if (in_table, *rest) == place and array.dtype != bool
+    }
+    if len({len(array) for array in found.values()}) != 1:
+        raise ValueError(f"{chapter} / {' / '.join(place)}: no distances of the same images")
+    return found
+
+
+def of_row(row: Any, folder: str | Path | None = None) -> dict[str, Accuracy]:
+    """Which images were right behind a row of `results.row_at`, of the seeds where that is kept."""
+    kept = load(chapters_folder(row.chapter, folder) / "results" / f"{row.chapter}.npz")
+    place = tuple(row[name] for name in IDENTITY[:-1])
+    found = {seed: kept.get((*place, seed)) for seed in row.seed.split()}
+    return {
+        seed: Accuracy(torch.from_numpy(right.copy()), row.images)
+        for seed, right in found.items()
+        if right is not None and right.dtype == bool
+    }
 
 
 def _name(identity: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -80,6 +81,25 @@ def curves(
         if paper and name in paper:
             axis.plot(x, paper[name], "o--", color=color, markerfacecolor="none", linewidth=0.7)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+
+
+def points(axis: Axes, places: Mapping[str, tuple[float, float]], *, xlabel: str = "") -> None:
+    """One mark a name at (x, y), each of another shape, a defense in its own color."""
+    for mark, (name, (x, y)) in zip(itertools.cycle("oD^vs<>PX*hdp8H"), places.items()):
+        style: Any = {"color": COLOR_OF.get(name, COLORS[-1]), "label": name, "clip_on": False}
+        axis.plot(x, y, mark, **style)
+    axis.set(xlabel=xlabel)
+
+
+def heat_map(axis: Axes, table: pd.DataFrame, *, title: str = "") -> None:
+    """Percentages in color, from 0 dark to 100 bright, each written into its place."""
+    axis.imshow(table, cmap="viridis", vmin=0, vmax=100)
+    for (row, column), value in np.ndenumerate(table.to_numpy()):
+        color = "black" if value > 60 else "white"
+        axis.text(column, row, f"{value:.0f}", color=color, size=4, ha="center", va="center")
+    axis.set_xticks(range(table.shape[1]), [*table.columns], rotation=90, fontsize=7)
+    axis.set_yticks(range(table.shape[0]), [*table.index], fontsize=7)
+    axis.set_title(title)
 
 
 def legend(figure: Figure) -> None:

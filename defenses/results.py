@@ -129,7 +129,7 @@ def printed(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
     file = chapters_folder(chapter, folder) / "paper" / f"{chapter}.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: expected the numbers that the paper prints")
-    return _transcribed(file, _version(file)).copy()
+    return _transcribed(file, version(file)).copy()
 
 
 def best(
@@ -174,23 +174,50 @@ def value(
     """
     if source not in ("measured", "paper"):
         raise ValueError(f"unknown source {source!r}: expected 'measured' or 'paper'")
-    ours = source == "measured"
-    theirs = _at(printed(chapter, folder), table, row, column, metric)
-    if ours:
-        found = _at(_measured(chapter, measured, folder), table, row, column, metric)
-        found = _best(found, theirs, dataset, protocol)
-    else:
-        found = theirs
-    if found.empty:
-        place = " / ".join([chapter, table, row, column, metric])
-        choice = {"dataset": dataset, "protocol": protocol}
-        asked = {name: chosen for name, chosen in choice.items() if chosen} or ""
+    place = (table, row, column, metric)
+    if source == "measured":
+        choice: dict[str, Any] = {"dataset": dataset, "protocol": protocol, "folder": folder}
+        return float(row_at(chapter, *place, measured=measured, **choice)["value"])
+    theirs = _at(printed(chapter, folder), *place)
+    if theirs.empty:
+        name = " / ".join([chapter, *place])
         raise ValueError(
-            f"nobody has measured {place} {asked}: run the chapter and record it"
-            if ours
-            else f"the paper does not print {place}: printed({chapter!r}) lists what it does"
+            f"the paper does not print {name}: printed({chapter!r}) lists what it does"
         )
-    return float(found["value"].iloc[0])
+    return float(theirs["value"].iloc[0])
+
+
+def row_at(
+    chapter: str,
+    table: str,
+    row: str,
+    column: str,
+    metric: str = "accuracy",
+    *,
+    seeds: Sequence[str] = (),
+    measured: Rows | None = None,
+    dataset: str | None = None,
+    protocol: str | None = None,
+    folder: str | Path | None = None,
+) -> pd.Series:
+    """Return one row as `best` has it, with its `chapter`; with `seeds`, the stored one of those.
+
+    A place that nobody has measured is a ValueError.
+    """
+    place = (table, row, column, metric)
+    if seeds:
+        file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
+        found = _at(_frame(_read(file, COLUMNS)), *place)
+        found = _of_seeds(found[found["seed"].isin(seeds)])
+    else:
+        found = _at(_measured(chapter, measured, folder), *place)
+    found = _best(found, _at(printed(chapter, folder), *place), dataset, protocol)
+    if found.empty:
+        choice = {"dataset": dataset, "protocol": protocol, "seeds": [*seeds]}
+        asked = {name: chosen for name, chosen in choice.items() if chosen} or ""
+        name = " / ".join([chapter, *place])
+        raise ValueError(f"nobody has measured {name} {asked}: run the chapter and record it")
+    return found.assign(chapter=chapter).iloc[0]
 
 
 def claim(text: str, ok: Any) -> None:
@@ -236,7 +263,7 @@ def _measured(chapter: str, measured: Rows | None, folder: str | Path | None) ->
     if measured is not None:
         return _of_seeds(_frame(measured))
     file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
-    return _stored(file, _version(file))
+    return _stored(file, version(file))
 
 
 def _at(frame: pd.DataFrame, *place: str) -> pd.DataFrame:
@@ -261,7 +288,7 @@ def _best(
     return frame.sort_values("order", kind="stable").drop_duplicates(KEY).drop(columns="order")
 
 
-def _version(file: Path) -> tuple[int, ...]:
+def version(file: Path) -> tuple[int, ...]:
     """What differs when a file has been written anew; () where there is none."""
     if not file.is_file():
         return ()

@@ -28,11 +28,13 @@ TITLES = {
     "adaptive": "Attacks on the joint loss",
     "alpha": "Where α starts",
     "autoattack": "AutoAttack",
+    "ball": "All defenses in L₂ balls",
     "blocks": "What stands in the block",
     "bounded": "Attacks inside one box",
     "boundary": "Norm, margin and first-order distance",
     "broken by": "What broke the images first",
     "cifar": "Others' networks, CIFAR-10",
+    "costs": "What training costs",
     "deepfool": "DeepFool with more steps",
     "distance": "Distances that attacks find",
     "exact": "FGSM along the rounded and the exact gradient",
@@ -51,6 +53,7 @@ TITLES = {
     "margins": "Norm, margin and distances",
     "masking": "Signs of masking",
     "mnist": "Adversarial training",
+    "nearer": "How near six attacks come, in four norms",
     "nearest": "Classes read from the nearest prototype",
     "pgd": "PGD",
     "pixels": "Attacks that change few pixels",
@@ -89,6 +92,7 @@ COLUMNS = {
     "pgd-40": "PGD-40",
     "pgd-10": "PGD-10",
     "pgd-margin": "PGD, margin",
+    "nearest": "DDN, FMN",
     "pgd": "PGD",
     "step": "step",
     "restarts": "restarts",
@@ -114,7 +118,7 @@ COLUMNS = {
 SHORT = {
     **{name: name.upper() for name in ("fgsm", "bim", "mim", "pgd", "apgd", "fab", "jsma", "c&w")},
     **{"autoattack": "AutoAttack", "deepfool": "DeepFool", "square": "Square", "ce": "CE"},
-    **{"t": "T", "l2": "L₂", "linf": "L∞", "carlini_wagner": "C&W"},
+    **{"t": "T", "l0": "L₀", "l1": "L₁", "l2": "L₂", "linf": "L∞", "carlini_wagner": "C&W"},
     **{f"layer{number}": f"layer {number}" for number in range(1, 6)},
 }
 

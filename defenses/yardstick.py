@@ -3,15 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from scipy.special import bdtr, ndtri, stdtrit
 
+from . import outcomes
 from .evaluation import Accuracy
+from .results import KEY, row_at
 
 MARGIN = 5.0  # percentage points: what counts as a difference that matters
-SAME = ("n", "images", "protocol", "dataset", "seed")  # what makes two rows comparable
+SAME = ("n", "images", "protocol", "dataset")  # what makes two rows comparable
 LEVEL = 0.01  # of the paired test, before it is divided by the number of comparisons
 
 
@@ -58,32 +61,116 @@ def difference(
 ) -> tuple[float, float]:
     """The interval of ``a - factor * b`` at 99%, for one of `among` comparisons (Bonferroni).
 
-    `a` and `b` are stored rows: a value with its 95% interval, which is widened as that of a
-    normal error or, over several seeds, as Student's. The two errors are taken for independent: on
-    the same images they go together, and this is wider than a paired test, but for a row at 0%.
+    `a` and `b` are rows, as `results.row_at` returns them: a value with its 95% interval, which is
+    widened as that of a normal error or, over several seeds, as Welch's; `b` may be a bare number.
+    Where their seeds differ, the rows of those seeds count that both have (older means, which
+    cannot be parted, count as they are). Where it is stored which images were right, the two errors
+    go together as they do on these images (Newcombe, 1998, method 10), and nothing is decided that
+    the exact paired test does not decide; of several seeds, the interval holds that of each.
+    Elsewhere the errors are taken for independent, which is on the safe side, but for a row at 0%.
 
     Raises
     ------
     ValueError
-        `same` is asked, and the two differ in n, images, protocol, data set or seeds. (Older rows
-        do not name their images; for those the same n has to do.)
+        `same` is asked, and the two differ in n, images, protocol or data set, or have no seed in
+        common. (Older rows do not name their images; for those the same n has to do.)
     """
-    if same and (other := [name for name in SAME if getattr(a, name) != getattr(b, name)]):
-        what = ", ".join(f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in other)
+    each: list[tuple[float, float]] = []
+    if same:
+        a, b = _alike(a, b)
+        each = [_of_pair(*pair, factor, among) for pair in _pairs(a, b)]
+    elif not hasattr(b, "seed") and hasattr(a, "chapter"):
+        kept = outcomes.of_row(a)
+        if kept.keys() >= {*a.seed.split()}:
+            each = [_interval(_row(of), b, factor, among, 0.0) for of in kept.values()]
+    each = each or [_interval(a, b, factor, among, 0.0)]
+    return min(low for low, _ in each), max(high for _, high in each)
+
+
+def _alike(a: Any, b: Any) -> tuple[Any, Any]:
+    """The two rows, of the same seeds."""
+    common = set(a.seed.split()) & set(b.seed.split())
+    if not common:
+        raise ValueError(f"two rows that cannot be compared: seed {a.seed} and {b.seed}")
+    if a.seed != b.seed:
+        a, b = _of_seeds(a, common), _of_seeds(b, common)
+    differ = [name for name in SAME if getattr(a, name) != getattr(b, name)]
+    if "images" in differ and not (a.images and b.images):
+        differ.remove("images")
+    if differ:
+        what = ", ".join(f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in differ)
         raise ValueError(f"two rows that cannot be compared: {what}")
+    return a, b
+
+
+def _of_seeds(row: Any, seeds: set[str]) -> Any:
+    """The row of some of its seeds; an older mean, which cannot be parted, as it is."""
+    try:
+        return row_at(row.chapter, *(row[name] for name in KEY), seeds=sorted(seeds))
+    except ValueError:
+        return row
+
+
+def _pairs(a: Any, b: Any) -> list[tuple[Accuracy, Accuracy]]:
+    """Which images were right, by seed; none where that is not stored of them all."""
+    if not a.images or (a.images, a.seed) != (b.images, b.seed):
+        return []
+    one, other = outcomes.of_row(a), outcomes.of_row(b)
+    seeds = a.seed.split()
+    whole = one.keys() & other.keys() >= {*seeds}
+    return [(one[seed], other[seed]) for seed in seeds] if whole else []
+
+
+def _of_pair(x: Accuracy, y: Accuracy, factor: float, among: int) -> tuple[float, float]:
+    low, high = _interval(_row(x), _row(y), factor, among, _together(x, y))
+    if factor == 1 and paired(x, y) >= LEVEL / among:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return low, high
+
+
+def _row(of: Accuracy) -> Any:
+    return SimpleNamespace(value=of.percent, ci_low=100 * of.ci[0], ci_high=100 * of.ci[1])
+
+
+def _together(x: Accuracy, y: Accuracy) -> float:
+    """The correlation of two outcomes, nearer to 0 where it is positive (Newcombe, 1998)."""
+    a, b = x.correct.double(), y.correct.double()
+    covariance = float(x.n * (a @ b) - a.sum() * b.sum())
+    spread = math.sqrt(float(a.sum() * (x.n - a.sum()) * b.sum() * (x.n - b.sum())))
+    if covariance > 0:
+        covariance = max(covariance - x.n / 2, 0.0)
+    return covariance / spread if spread else 0.0
+
+
+def _interval(a: Any, b: Any, factor: float, among: int, together: float) -> tuple[float, float]:
+    of_a, of_b = (len(str(getattr(row, "seed", "0")).split()) - 1 or math.inf for row in (a, b))
+
+    def reach(x: float, y: float) -> float:
+        freedom = _freedom(x / _quantile(0.975, of_a), of_a, y / _quantile(0.975, of_b), of_b)
+        x, y = x * _widening(freedom, of_a, among), y * _widening(freedom, of_b, among)
+        return math.sqrt(max(0.0, x * x + y * y - 2 * together * x * y))
+
     middle = a.value - factor * b.value
-    of_a, of_b = _widening(a, among), factor * _widening(b, among)
-    down = math.hypot(of_a * (a.value - a.ci_low), of_b * (b.ci_high - b.value))
-    up = math.hypot(of_a * (a.ci_high - a.value), of_b * (b.value - b.ci_low))
+    down = reach(a.value - a.ci_low, factor * (b.ci_high - b.value))
+    up = reach(a.ci_high - a.value, factor * (b.value - b.ci_low))
     return middle - down, middle + up
 
 
-def _widening(row: Any, among: int) -> float:
-    """From a 95% interval to 99%, for one of `among`."""
-    freedom, level = len(str(getattr(row, "seed", "0")).split()) - 1, 1 - LEVEL / 2 / among
-    if freedom:
-        return float(stdtrit(freedom, level) / stdtrit(freedom, 0.975))
-    return float(ndtri(level) / ndtri(0.975))
+def _freedom(x: float, of_x: float, y: float, of_y: float) -> float:
+    """Degrees of freedom of the difference of two means with standard errors x and y (Welch)."""
+    spread = x**4 / of_x + y**4 / of_y
+    return (x * x + y * y) ** 2 / spread if spread else math.inf
+
+
+def _widening(freedom: float, own: float, among: int) -> float:
+    """From a 95% interval of `own` degrees of freedom to 99%, for one of `among`."""
+    level = 1 - LEVEL / 2 / among
+    draw = ndtri(level) / ndtri(0.975)  # over seeds, an interval may still be that of the images
+    return float(max(draw, _quantile(level, freedom) / _quantile(0.975, own)))
+
+
+def _quantile(level: float, freedom: float) -> float:
+    return float(ndtri(level) if math.isinf(freedom) else stdtrit(freedom, level))
 
 
 def judge(
@@ -103,7 +190,7 @@ def judge(
     ----------
     left, twin : mapping from a seed to Accuracy
         What the worst case of all attacks leaves of the defense, and of its twin on the same
-        images; the seeds are those of the defense, and its twin may have more.
+        images; the seeds that both have are judged.
     claimed : float, optional
         In percent. Without a claim a defense can help, and no more.
     comparisons : int
@@ -112,15 +199,15 @@ def judge(
     Raises
     ------
     ValueError
-        There is no seed, one of them lacks its twin, or the two differ in images.
+        They have no seed in common, or differ in images.
     """
-    if not left or left.keys() - twin.keys():
+    if not (seeds := sorted(left.keys() & twin.keys())):
         raise ValueError(
-            f"seeds {sorted(left)} and {sorted(twin)}: expected one at least, each with its twin"
+            f"seeds {sorted(left)} and {sorted(twin)}: expected one at least, with its twin"
         )
-    p = max(paired(left[seed], twin[seed]) for seed in left)
+    p = max(paired(left[seed], twin[seed]) for seed in seeds)
     ours, theirs = (
-        float(torch.tensor([of[seed].percent for seed in left], dtype=torch.float64).mean())
+        float(torch.tensor([of[seed].percent for seed in seeds], dtype=torch.float64).mean())
         for of in (left, twin)
     )
     word = "does not hold"

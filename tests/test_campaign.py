@@ -160,6 +160,37 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(toy: Path) -> None:
     assert len(lines) <= 4 + 5  # at most the row under way, once a kill
 
 
+WAITS = """
+import sys, time
+from book import campaign
+campaign.end_with(int(sys.argv[1]))
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a process cannot be asked for")
+def test_a_unit_ends_with_the_campaign_that_was_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    command = [sys.executable, "-c", WAITS, str(parent.pid)]
+    unit = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert unit.stdout is not None and unit.stdout.readline() == b"begun\n"
+        assert unit.poll() is None
+        parent.kill()
+        parent.wait()
+        assert unit.wait(20) == 1
+    finally:
+        unit.kill()
+
+
+def test_units_of_this_machine_and_only_those_follow_their_campaign() -> None:
+    here, there = campaign.arguments(["results"]), campaign.arguments(["results"])
+    there.executor = "slurm"
+    assert f"--parent={os.getpid()}" in campaign._command(unit("SM"), here)
+    assert not any("parent" in word for word in campaign._command(unit("SM"), there))
+
+
 def test_merging_keeps_clean_rows_and_what_happened_to_each_image(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

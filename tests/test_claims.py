@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import arange
 
-from defenses import claims, results
+from defenses import claims, outcomes, results
 from defenses.evaluation import Accuracy
 from defenses.results import measure, record
 from defenses.yardstick import LEVEL, difference, paired
@@ -42,7 +42,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows.append(measure("t", "few", "x", "accuracy", 50.0, n=10, ci=(20, 80), seconds=1.0, **how))
     rows.append(measure("t", "time", "x", "ratio", 1.5, n=1, seconds=1.0, **how))
     record("toy", rows, tmp_path)
-    for module in (results, claims):
+    for module in (results, claims, outcomes):
         monkeypatch.setattr(module, "chapters_folder", lambda *_: tmp_path)
     return tmp_path
 
@@ -109,9 +109,79 @@ def test_what_cannot_be_compared_or_read_is_refused(shelf: Path) -> None:
         claim().answer(["a > few"])
     with pytest.raises(ValueError, match=r"cannot read the test 'a = b'"):
         claim().answer(["a = b"])
-    with pytest.raises(ValueError, match="0 rows at 't / nobody / x'"):
+    with pytest.raises(ValueError, match="nobody has measured toy / t / nobody / x"):
         claim(nobody="t / nobody / x").answer(["nobody > 5"])
     claim().answer(["few >= a"])  # a height may be asked of other images
+
+
+def kept(folder: Path, name: str, seed: int, right: Accuracy) -> None:
+    """Put a measurement with what happened to each image on the shelf."""
+    place = ("t", name, "x", "accuracy")
+    how: dict[str, Any] = {"protocol": "short", "dataset": "mnist", "device": "cpu", "seconds": 1.0}
+    how |= {"ci": tuple(100 * end for end in right.ci), "n": right.n, "images": right.images}
+    row = measure(*place, right.percent, seed=seed, **how)
+    record("toy", [row], folder)
+    file = folder / "results" / "toy.npz"
+    outcomes.store(file, [row | {"outcome": outcomes.to_json(right)}])
+
+
+def test_images_that_are_stored_decide_more_than_two_intervals(shelf: Path) -> None:
+    """872 of a thousand and 900, none of them lost: the intervals touch, the paired test does not
+    doubt it; nor does it where the same 28 points come of 136 images gained and 108 lost."""
+    assert claim("a > near").answer(["a > near"]) is None
+    kept(shelf, "near", 0, accuracy(872, 1000))
+    assert claim("a > near").answer(["a > near"]) is None  # of one row alone
+    kept(shelf, "a", 0, accuracy(900, 1000))
+    assert claim("a > near").answer(["a > near"]) is True
+    low, high = difference(*(claim().rows[name] for name in ("a", "near")))
+    assert 0 < low < 2.8 < high < 5
+    kept(shelf, "a", 0, Accuracy((arange(1000) < 764) | (arange(1000) >= 864), images="i"))
+    assert claim("a > near").answer(["a > near"]) is None
+
+
+def test_the_exact_test_has_the_last_word(shelf: Path) -> None:
+    """Seven images gained of ten, none lost: p = 2/128, whatever an interval says."""
+    few = Accuracy(arange(10) < 9, images="j"), Accuracy(arange(10) < 2, images="j")
+    assert paired(*few) > LEVEL
+    for name, right in zip("ab", few, strict=True):
+        kept(shelf, name, 0, right)
+    low, high = difference(*(claim().rows[name] for name in "ab"))
+    assert low <= 0 < high
+
+
+def test_seeds_may_arrive_one_network_at_a_time(shelf: Path) -> None:
+    """A second seed of one network is not compared with the first of the other."""
+    for name, count in (("a", 900), ("near", 872)):
+        kept(shelf, name, 0, accuracy(count, 1000))
+    before = difference(*(claim().rows[name] for name in ("a", "near")))
+    kept(shelf, "a", 1, accuracy(860, 1000))
+    a, near = (claim().rows[name] for name in ("a", "near"))
+    assert a.value == 88 and a.seed == "0 1" and difference(a, near) == before
+    assert (
+        claim().sentence() == "88.0% of 94.5% (n = 10 to 1,000; seed 0, of some 1; short on mnist)"
+    )
+    kept(shelf, "near", 1, accuracy(872, 1000))  # better than the other: no more in every seed
+    low, high = difference(*(claim().rows[name] for name in ("a", "near")))
+    assert low < 0 < high == before[1]
+
+
+def test_a_second_seed_near_the_first_does_not_open_what_was_decided(shelf: Path) -> None:
+    """Against a number, too, every seed is asked; Student's of two seeds would decide nothing."""
+    for seed, count in enumerate((970, 960)):
+        kept(shelf, "a", seed, accuracy(count, 1000))
+    assert claim().answer(["a > 90"]) is True and claim().answer(["a >= printed"]) is True
+    kept(shelf, "a", 2, accuracy(900, 1000))
+    assert claim().answer(["a > 90"]) is None
+
+
+def test_without_images_a_common_seed_is_compared_by_intervals(shelf: Path) -> None:
+    how: dict[str, Any] = {"protocol": "short", "dataset": "mnist", "device": "cpu", "seconds": 1.0}
+    row = measure("t", "a", "x", "accuracy", 50, n=1000, ci=(47, 53), seed=1, images="i", **how)
+    record("toy", [row], shelf)
+    assert claim("a > b").answer(["a > b"]) is True  # 90.0 at seed 0, not the mean of 70.0
+    rows = results.row_at("toy", "t", "a", "x", seeds=["1"]), claim().rows["b"]
+    with pytest.raises(ValueError, match="cannot be compared: seed 1 and 0"):
+        difference(*rows)
 
 
 def test_the_evidence_names_its_numbers_and_how_they_were_measured(shelf: Path) -> None:

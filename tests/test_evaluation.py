@@ -29,6 +29,7 @@ from defenses.evaluation import (
     epsilon_curve,
     evaluate,
     mean_distance,
+    median_size,
     perturbations,
     robustness,
     success,
@@ -235,6 +236,24 @@ def test_perturbations_count_the_inputs_that_differ() -> None:
 def test_robustness_of_a_plain_threshold() -> None:
     rho = robustness(perturbations(Brightness(), gray([0.4, 0.8]), deepfool))
     assert rho.value == pytest.approx(1.02 * (0.1 / 0.4 + 0.3 / 0.8) / 2, rel=1e-5)
+
+
+def test_the_median_of_distances_and_its_interval() -> None:
+    found = median_size(torch.tensor([5.0, 1.0, torch.inf, 2.0, 3.0, 9.0, 4.0]), "ab")
+    assert (found.value, found.ci, found.n, found.unfooled) == (4.0, (1.0, math.inf), 7, 1)
+    assert found.images == "ab" and found.sizes is not None and len(found.sizes) == 7
+    assert median_size(torch.tensor([3.0, 1.0, 2.0, 10.0])).value == 2.5
+    assert median_size(torch.arange(5.0)).ci == (-math.inf, math.inf)
+    with pytest.raises(ValueError, match="no images to take the median of"):
+        median_size(torch.tensor([]))
+
+
+@given(st.integers(6, 400))
+def test_the_interval_of_a_median_is_the_narrowest_with_ninety_five_percent(n: int) -> None:
+    low, high = (round(end) for end in median_size(torch.arange(n)).ci)  # order statistics
+    heads = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    assert low == n - 1 - high
+    assert sum(heads[low + 1 : high + 1]) >= 0.95 > sum(heads[low + 2 : high])
 
 
 # Transfer and the worst case

@@ -1,5 +1,6 @@
 """Figures: one color a defense, letters that a phone can show, legends off the curves."""
 
+import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
@@ -49,3 +50,26 @@ def test_a_legend_names_each_line_once_and_lies_on_no_panel(names: int, columns:
     box = legend.get_window_extent()
     assert not any(box.overlaps(axis.get_tightbbox()) for axis in axes)
     assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+
+
+def test_points_have_a_shape_each_and_the_color_of_their_defense() -> None:
+    _, ((axis,),) = plots.panels()
+    plots.points(axis, {"none": (1, 20), "PGD": (6, 90), "soft labels": (1, 2)}, xlabel="cost")
+    marks = {line.get_label(): line for line in axis.get_lines()}
+    assert [*marks] == ["none", "PGD", "soft labels"]
+    assert len({line.get_marker() for line in marks.values()}) == 3
+    assert marks["PGD"].get_color() == plots.COLOR_OF["PGD"] != marks["soft labels"].get_color()
+    assert [*marks["PGD"].get_xydata()[0]] == [6, 90] and axis.get_xlabel() == "cost"
+
+
+def test_a_heat_map_says_each_number_in_its_place() -> None:
+    _, ((axis,),) = plots.panels()
+    table = pd.DataFrame([[1.0, 99.6], [50.0, 0.0]], index=["reads", "too"], columns=["a", "b"])
+    plots.heat_map(axis, table, title="ε = 0.1")
+    written = {text.get_position(): text.get_text() for text in axis.texts}
+    assert written == {(0, 0): "1", (1, 0): "100", (0, 1): "50", (1, 1): "0"}
+    names = [
+        [tick.get_text() for tick in ticks]
+        for ticks in (axis.get_xticklabels(), axis.get_yticklabels())
+    ]
+    assert names == [["a", "b"], ["reads", "too"]]

@@ -5,15 +5,14 @@ The chapter's own `more` is asked: of the same images, at 99%, for so many quest
 
 from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise, product
-from math import hypot
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import jupytext
 import pytest
 
-from defenses.results import best, printed, value
+from defenses.results import best, printed, row_at, value
+from defenses.yardstick import difference
 
 CHAPTER = "prototype_conformity"
 TEXT = Path(__file__).parents[1] / "chapters" / f"{CHAPTER}.md"
@@ -35,7 +34,7 @@ Place = tuple[str, ...]
 def _of_the_chapter() -> dict[str, Any]:
     cells = [cell.source for cell in jupytext.read(TEXT).cells if "def more(" in cell.source]
     assert len(cells) == 1
-    names = {"best": best, "CHAPTER": CHAPTER, "NormalDist": NormalDist, "hypot": hypot}
+    names = {"best": best, "CHAPTER": CHAPTER, "row_at": row_at, "difference": difference}
     exec(cells[0], names)
     return names
 
@@ -70,7 +69,7 @@ def within(table: str, row: str, column: str) -> int:
 
 def test_more_needs_the_same_images_and_a_difference_that_they_can_show() -> None:
     for other in (("strong", OURS, "pgd-10 0.1"), ("table2", OURS, "c&w 10")):
-        with pytest.raises(ValueError, match="not of the same images"):
+        with pytest.raises(ValueError, match="cannot be compared"):
             more(("strong", OURS, "pgd-100 0.1"), other)
     high, low = ("strong", OURS, "pgd-100 0.1"), ("strong", SOFTMAX, "pgd-100 0.1")
     assert more(high, low) and not more(low, high) and not more(high, high)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from defenses import outcomes
-from defenses.evaluation import Accuracy, Robustness, Share
+from defenses.evaluation import Accuracy, Robustness, Share, median_size
 from defenses.results import COLUMNS
 from defenses.run import OnDemand, Run, _file_name, read_rows
 from tests.measurements import CHAPTER
@@ -175,6 +175,25 @@ def test_distances_come_back_as_halves_and_bare_numbers_as_they_were() -> None:
     assert found.sizes.tolist()[:2] == [0.5, torch.inf] and found.sizes[2].isnan()
     assert found.sizes[3] == pytest.approx(1 / 3, rel=1e-3)
     assert outcomes.from_json(outcomes.to_json(Share(0.25, 8))) == Share(0.25, 8)
+
+
+def test_distances_are_read_by_row_and_only_of_the_same_images(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    run, file = a_run(tmp_path), tmp_path / "results" / f"{CHAPTER}.npz"
+    for name, far in {"DDN": [1.0, 2.0, 4.0], "FMN": [3.0, 1.0, torch.inf]}.items():
+        run.note("near", name, "l2", median_size(torch.tensor(far)), "median")
+    run.note("near", "DDN", "l1", median_size(torch.ones(2)), "median")
+    run.note("near", "FMN", "l1", median_size(torch.ones(3)), "median")
+    outcomes.store(file, read_rows(run.file))
+    where: Any = {"protocol": "quick", "dataset": "digits", "seed": 3, "folder": tmp_path}
+    found = outcomes.sizes(CHAPTER, "near", "l2", "median", **where)
+    assert {name: far.tolist() for name, far in found.items()} == {
+        "DDN": [1, 2, 4],
+        "FMN": [3, 1, torch.inf],
+    }
+    for column in ("l1", "l0"):
+        with pytest.raises(ValueError, match=f"near / {column} .*: no distances of the same"):
+            outcomes.sizes(CHAPTER, "near", column, "median", **where)
 
 
 def test_the_outcomes_of_a_chapter_are_one_file_without_pickle(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_every_seed_must_say_so_and_many_comparisons_ask_for_more() -> None:
 def test_every_seed_needs_its_twin() -> None:
     found = judge({0: right(180)}, {0: right(20), 1: right(190)})
     assert found.word == "helps" and found.twin == pytest.approx(10)
+    found = judge({0: right(180), 1: right(10)}, {0: right(20)})  # no twin at 1 yet
+    assert found.word == "helps" and found.left == pytest.approx(90)
     with pytest.raises(ValueError, match=r"seeds \[0\] and \[1\]"):
         judge({0: right(20)}, {1: right(20)})
     with pytest.raises(ValueError, match="one at least"):
