@@ -39,13 +39,15 @@ status: .venv/.book
 course: .venv/.book
 	@$(BIN)/python -m book.course
 
-# For authors: the address into every place that needs it, code formatted, .ipynb and .md in step.
-# Where both sides of a pair were edited it says so and writes neither.
+# For authors: the address into every place that needs it, code formatted, .ipynb and .md in step,
+# and the notebooks that readers open. Where both sides of a pair were edited it says so and writes
+# neither.
 sync: .venv/.test
 	$(BIN)/python -m book.address
 	$(BIN)/python -m book.pairs
 	$(BIN)/ruff format --quiet chapters book
 	$(BIN)/python -m book.pairs
+	$(BIN)/python -m book.colab
 
 # For authors: run the committed notebooks in place, at their default parameters.
 execute: sync

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SPELLED_OUT = re.compile(
     r"(?P<before>"
     r"colab\.research\.google\.com/github/"
-    r"|mybinder\.org/v2/gh/"
     r"|clone (?:--depth 1 )?https://github\.com/"
     r'|clone\\?", .{0,30}?https://github\.com/'
     r'|address = \\?"https://github\.com/'

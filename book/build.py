@@ -20,6 +20,8 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 
 from book import zoo
 from defenses.claims import answer
@@ -36,11 +38,15 @@ except ImportError:  # everything else
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def notebooks(root: Path) -> list[Path]:
-    """The notebooks among the pages of `_toc.yml`, in reading order, relative to `root`."""
+def pages(root: Path) -> list[str]:
+    """The pages of `_toc.yml`, in reading order, as they are named there."""
     toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    files = [page["file"] for part in toc["parts"] for page in part["chapters"]]
-    return [Path(name) for name in files if name.endswith(".ipynb")]
+    return [toc["root"], *(page["file"] for part in toc["parts"] for page in part["chapters"])]
+
+
+def notebooks(root: Path) -> list[Path]:
+    """The notebooks among the pages, in reading order, relative to `root`."""
+    return [Path(name) for name in pages(root) if name.endswith(".ipynb")]
 
 
 def stage(root: Path, source: Path) -> None:
@@ -55,15 +61,36 @@ def stage(root: Path, source: Path) -> None:
     (source / "book" / "answer.md").write_text(answer(source / "chapters"), encoding="utf-8")
     (source / "book" / "static" / "zoo.js").write_text(zoo.script())
     shutil.copy2(root / "book" / "pages.py", source / "book")  # a part of the configuration
+    _exclude_what_is_no_page(source)
+
+
+def _exclude_what_is_no_page(source: Path) -> None:
+    """`only_build_toc_files` does this too, but not in a folder whose path has brackets."""
+    files = [path.relative_to(source) for path in source.rglob("*.*")]
+    files = [path for path in files if path.suffix in (".md", ".ipynb")]
+    named = {name.removesuffix(".md") for name in pages(source)}
+    extra = [p.as_posix() for p in files if p.as_posix().removesuffix(".md") not in named]
+    with (source / "_config.yml").open("a", encoding="utf-8") as config:
+        config.write(yaml.safe_dump({"exclude_patterns": sorted(extra)}))
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel of this very Python, whatever else goes by the name python3 on JUPYTER_PATH."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
 def run(notebook: Path, result: Path, **parameters: object) -> None:
     """Execute `notebook` where it lies and write it, with its outputs, to `result`."""
     executed = papermill.execute_notebook(
-        notebook,
+        nbformat.read(notebook, as_version=4),  # papermill formats a path that holds braces
         None,
         parameters,
         kernel_name="python3",
+        kernel_manager_class=OwnKernel,
         cwd=notebook.parent,
         progress_bar=sys.stderr.isatty(),
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],

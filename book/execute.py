@@ -2,11 +2,11 @@
 
 What is committed is what a reader would get: outputs kept, and nothing that differs from one
 run to the next for no reason (progress bars, time stamps, random cell ids).
+Then the notebooks that readers open are made from them (`book.colab`).
 Name notebooks to run only these: `python -m book.execute PATH`.
 """
 
 import base64
-import hashlib
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,9 @@ from tempfile import TemporaryDirectory
 import nbformat
 from nbformat import NotebookNode
 
+from book import colab
 from book.build import ROOT, notebooks, run
+from book.colab import unused_id
 from book.pairs import FORMATS, in_step
 
 KEPT = ("accelerator", "colab", "jupytext", "kernelspec")
@@ -30,17 +32,23 @@ def clean(notebook: NotebookNode) -> NotebookNode:
         cell.metadata = NotebookNode(
             {key: cell.metadata[key] for key in KEPT_OF_CELLS if cell.metadata.get(key)}
         )
-        cell.id = _unused_id(cell.source, taken)
+        cell.id = unused_id(cell.source, taken)
+        taken.add(cell.id)
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = _joined(cell.outputs)
     return notebook
 
 
-def _unused_id(source: str, taken: set[str]) -> str:
-    digest = hashlib.sha256(source.encode()).hexdigest()
-    name = next(digest[i : i + 8] for i in range(len(digest)) if digest[i : i + 8] not in taken)
-    taken.add(name)
-    return name
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Outputs with what a busy machine prints piece by piece in one piece."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        if found and output.get("name") == found[-1].get("name") == "stdout":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def picture(notebook: NotebookNode, tag: str) -> bytes | None:
@@ -85,4 +93,6 @@ def _sides(path: Path) -> list[bytes]:
 
 if __name__ == "__main__":
     chosen = [Path(name) for name in sys.argv[1:]] or [ROOT / page for page in notebooks(ROOT)]
-    sys.exit("\n".join(main(chosen)) or None)
+    refused = main(chosen)
+    colab.write(ROOT)
+    sys.exit("\n".join(refused) or None)

@@ -83,9 +83,15 @@ def mended(html: str) -> str:
 
     Out go the contents that the theme prints first under a second title, and the script that draws
     icons, for which the style sheet has fonts. sphinx-proof and sphinx-exercise give all their
-    boxes the same ids, to which nothing leads.
+    boxes the same ids, to which nothing leads. The theme's button leads Colab to the page's own
+    notebook, which says in MyST what Colab cannot show.
     """
     html = re.sub(r'<div id="jb-print-docs-body".*?(?=<div id="searchbox")', "", html, flags=re.S)
+    html = re.sub(
+        r"(colab\.research\.google\.com/[^\"]+/)(?:book|chapters)/(\w+\.ipynb)",
+        r"\1chapters/colab/\2",
+        html,
+    )
     html = re.sub(r"<script[^>]*/fontawesome\.js[^>]*></script>\n?", "", html)
     return re.sub(r' id="(?:proof|(?:proof|exercise|solution)-content)"', "", html)
 
@@ -93,6 +99,9 @@ def mended(html: str) -> str:
 def mend(app: Sphinx, error: Exception | None) -> None:
     for page in Path(app.outdir).rglob("*.html") if error is None else ():
         page.write_text(mended(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for notebook in Path(app.srcdir, "chapters", "colab").glob("*.ipynb") if error is None else ():
+        for offered in Path(app.outdir, "_sources").rglob(notebook.name):  # for download
+            shutil.copyfile(notebook, offered)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

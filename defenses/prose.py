@@ -1,4 +1,4 @@
-"""What a chapter shows besides figures and tables: our own source, and sentences with numbers."""
+"""What a chapter shows besides tables: our own source, sentences with numbers, stored figures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from defenses.results import chapters_folder
 
 
 class Prose(str):
@@ -16,6 +19,18 @@ class Prose(str):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+@dataclass
+class Picture:
+    """A stored figure: `results/figures/CHAPTER-NAME.png`, as `Run.keep` wrote it."""
+
+    chapter: str
+    name: str
+
+    def _repr_png_(self) -> bytes:
+        figures = chapters_folder(self.chapter) / "results" / "figures"
+        return (figures / f"{self.chapter}-{self.name}.png").read_bytes()
 
 
 def source(*functions: Callable) -> Prose:

@@ -4,6 +4,7 @@ The pages are built once from the committed notebooks, read as files, then opene
 Chromium with the network off.
 """
 
+import json
 import os
 import re
 import shutil
@@ -29,11 +30,10 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from book import address, build
+from book import address, build, colab
 
 ROOT = Path(__file__).resolve().parent.parent
-TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
-SOURCES = [TOC["root"], *(page["file"] for part in TOC["parts"] for page in part["chapters"])]
+SOURCES = build.pages(ROOT)
 PAGES = [f"{source.removesuffix('.ipynb')}.html" for source in SOURCES]
 CHAPTERS = [page for page in PAGES if page.startswith("chapters/")]
 
@@ -115,9 +115,21 @@ def test_internal_links_and_anchors_resolve(site: Path, page: str) -> None:
 def test_colab_opens_the_notebook(site: Path, source: str) -> None:
     page = soup(site / source.replace(".ipynb", ".html"))
     links = {str(link["href"]) for link in page.select("a[href*='colab.research.google.com']")}
-    slug = address.slug(ROOT)
-    assert links == {f"https://colab.research.google.com/github/{slug}/blob/main/{source}"}
+    slug, name = address.slug(ROOT), Path(colab.FOLDER, Path(source).name)
+    assert links == {f"https://colab.research.google.com/github/{slug}/blob/main/{name.as_posix()}"}
     assert page.select(f"a[href$='_sources/{source}']"), "no download button"
+    assert (site / "_sources" / source).read_bytes() == (ROOT / name).read_bytes()
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_what_colab_opens_has_the_numbers_of_the_page(site: Path, page: str) -> None:
+    numbered = ":is(.proof, .exercise) > .admonition-title:has(.caption-number)"
+    titles = [" ".join(title.text.split()) for title in soup(site / page).select(numbered)]
+    figures = [n.text.strip() for n in soup(site / page).select("figcaption .caption-number")]
+    cells = nbformat.read(ROOT / colab.FOLDER / f"{Path(page).stem}.ipynb", as_version=4).cells
+    said = "\n".join(cell.source for cell in cells)
+    assert len(titles) > 3 and figures
+    assert [title for title in titles + figures if f"**{title}.**" not in said] == []
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
@@ -505,3 +517,40 @@ def test_warning_is_an_error_and_leaves_the_old_pages(little_book: Path, tmp_pat
     with pytest.raises(RuntimeError, match="undefined label"):
         build.html(little_book, tmp_path / "html")
     assert "Text." in (tmp_path / "html" / "book" / "intro.html").read_text()
+
+
+ANYWHERE = """
+import sys
+sys.modules["fcntl"] = None
+from pathlib import Path
+from book import build, execute, pairs
+root = build.ROOT = Path(sys.argv[1])
+assert pairs.sync([root / "chapters" / "a.ipynb"], root) == []
+assert execute.main([root / "chapters" / "a.ipynb"]) == []
+build.main()
+"""
+
+
+def test_a_book_is_made_without_fcntl_in_any_folder_and_by_its_own_kernel(
+    little_book: Path, tmp_path: Path
+) -> None:
+    """Without fcntl, as on Windows; in a folder with brackets; beside a foreign `python3`."""
+    root = little_book.rename(tmp_path / "my [old] {book} (2)")
+    write_chapter(root, "import sys\n\nprint(sys.executable)")
+    shutil.copy(ROOT / "pyproject.toml", root)  # says what is paired with what
+    kernel = {"argv": ["false"], "display_name": "Python 3", "language": "python"}
+    foreign = tmp_path / "jupyter" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    (foreign / "kernel.json").write_text(json.dumps(kernel))
+    environment = {"JUPYTER_PATH": str(tmp_path / "jupyter"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ANYWHERE, str(root)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    executed = nbformat.read(root / "chapters" / "a.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.strip() == sys.executable
+    assert "sys.executable" in (root / "chapters" / "a.md").read_text()
+    assert sys.executable in (root / "_build" / "html" / "chapters" / "a.html").read_text()

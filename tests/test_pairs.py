@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import jupytext
@@ -135,6 +136,41 @@ def runs(text: Path, source: str) -> list[str]:
         jupytext.write(notebook, path, fmt=pairs.FORMATS[suffix])
     assert sync(text) == []  # as `make execute` does
     return execute.main([text.with_suffix(".ipynb")])
+
+
+def saved_in_jupyter(root: Path, name: str) -> None:
+    """Open `name` in a Jupyter that was started at `root`, change its text, and save."""
+    manager = jupytext.TextFileContentsManager(root_dir=str(root))
+    model = manager.get(name)
+    model["content"]["cells"][0]["source"] = "New text."
+    manager.save(model, name)
+
+
+jupyter = pytest.mark.skipif(not find_spec("jupyter_server"), reason="no JupyterLab: install it")
+
+
+@jupyter
+def test_a_jupyter_that_starts_at_the_root_writes_both_sides(text: Path) -> None:
+    saved_in_jupyter(text.parent.parent, "chapters/k.ipynb")
+    assert "New text" in words(text)
+
+
+@jupyter
+def test_one_that_starts_below_writes_one_and_the_next_sync_the_other(text: Path) -> None:
+    saved_in_jupyter(text.parent, "k.ipynb")
+    assert "Old text" in text.read_text()
+    assert sync(text) == []
+    assert "New text" in words(text)
+
+
+@jupyter
+def test_what_readers_open_is_not_paired(text: Path) -> None:
+    folder = text.parent / "colab"
+    folder.mkdir()
+    shutil.copy(ROOT / "chapters" / "colab" / "attacks-solutions.ipynb", folder)
+    saved_in_jupyter(text.parent.parent, "chapters/colab/attacks-solutions.ipynb")
+    assert "New text" in (folder / "attacks-solutions.ipynb").read_text()
+    assert not [*folder.glob("*.md")]
 
 
 EDITS = "from pathlib import Path\np = Path('k{}')\np.write_text(p.read_text().replace('Old', 'N'))"

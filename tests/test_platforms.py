@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,3 +93,18 @@ print(notebooks(Path({str(tmp_path)!r})) == [Path("chapters/gr\\u00f6\\u00dfe.ip
         code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="utf-8"
     )
     assert done.stdout.strip() == b"True", done.stderr.decode()
+
+
+def test_what_runs_elsewhere_names_what_is_here() -> None:
+    """The weekly workflow and the CI script: their shell parses, their files and extras exist."""
+    weekly = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text("utf-8"))
+    steps = [step for job in weekly["jobs"].values() for step in job["steps"]]
+    scripts = [step["run"] for step in steps if "run" in step]
+    scripts.append((ROOT / ".ci" / "run").read_text("utf-8"))
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "$PWD/chapters/colab:" in "".join(scripts)
+    assert any((ROOT / "chapters" / "colab").glob("*.ipynb"))
+    assert sum("'.[test]'" in script for script in scripts) == 1
+    assert "\ntest = [" in (ROOT / "pyproject.toml").read_text("utf-8")
