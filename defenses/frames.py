@@ -46,7 +46,7 @@ def choice(
     kind: Literal["slider", "switch"] = "slider",
     photographs: bool = False,
 ) -> Frames:
-    """One of several pictures of the same size, to be chosen by name; without a script, ``first``.
+    """One of several pictures of the same width, to be chosen by name; without a script, ``first``.
 
     Parameters
     ----------
@@ -69,8 +69,10 @@ def choice(
     first = first or next(iter(pictures))
     if first not in pictures:
         raise ValueError(f"no picture {first!r}: expected one of {', '.join(pictures)}")
+    height = max(figure.get_figheight() for figure in pictures.values())
     html = f'<figure class="frames" data-of="{escape(of)}" data-kind="{kind}">'
     for name, figure in pictures.items():
+        figure.set_figheight(height)
         html += f'<img data-frame="{escape(name)}" alt="{escape(alt.format(name))}"'
         html += ' class="dark-light"' * photographs + " hidden" * (name != first)
         html += f' src="data:image/png;base64,{base64.b64encode(_png(figure)).decode()}">'

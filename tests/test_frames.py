@@ -2,6 +2,7 @@
 
 import base64
 import io
+from typing import Any
 
 import pytest
 from bs4 import BeautifulSoup, Tag
@@ -62,7 +63,7 @@ def test_digits_are_read_rightly_before_an_attack_and_wrongly_after_it(
         return drawn(1)
 
     monkeypatch.setattr(plots, "strip", strip)
-    rows = {"plain": ("none", "FGSM"), "trained": ("PGD", attacks.fgsm)}
+    rows: dict[str, Any] = {"plain": ("none", "FGSM"), "trained": ("PGD", attacks.fgsm)}
     shown = frames.attacked(rows, sizes=(0, 0.2))
     assert shown.names == ("0", "0.2")
     (clean, before), (moved, after) = seen
