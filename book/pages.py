@@ -1,4 +1,4 @@
-"""What the pages need beyond the theme: numbers by chapter, descriptions, one title, fewer bytes.
+"""What the pages need beyond the theme: numbers by chapter, folds, descriptions, fewer bytes.
 
 A Sphinx extension; `_config.yml` names it under `local_extensions`.
 """
@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from myst_nb.sphinx_ import HideCodeCellNode
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.environment.collectors.toctree import TocTreeCollector
+from sphinx.util import logging
+from sphinx_proof.nodes import proof_node
 
 UNKNOWN = "https://github.com/OWNER/"  # as long as no address is known
+MARK = re.compile(r"<!-- (fold|unfold)(?:: (.+))? -->\s*")  # a comment, so no notebook shows it
 
 
 def publish(app: Sphinx, config: Any) -> None:
@@ -38,6 +42,73 @@ def number_by_chapter(app: Sphinx, env: BuildEnvironment) -> list[str]:
         env.toc_secnumbers[name] = {section["anchorname"]: () for section in sections}
         env.toc_secnumbers[name][""] = (number,)
     return [*chapters, *TocTreeCollector().assign_figure_numbers(env)]
+
+
+def gather(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Neighboring cells of hidden code that show nothing wait behind one line."""
+    for section in doctree.findall(nodes.section):
+        for quiet, group in [(k, [*g]) for k, g in itertools.groupby(section.children, _is_quiet)]:
+            cells = [cell for cell in group if cell.children]  # a removed input has none
+            if quiet and len(cells) > 1:
+                words = (
+                    f'<details class="fold"><summary>Show source of {len(cells)} cells</summary>'
+                )
+                section.insert(section.index(cells[0]), _html(words))
+                section.insert(section.index(cells[-1]) + 1, _html("</details>"))
+                for cell in cells:
+                    cell[0].replace_self(cell[0].children)
+
+
+def _is_quiet(node: nodes.Node) -> bool:
+    if not isinstance(node, nodes.container) or node.get("nb_element") != "cell_code":
+        return False
+    return not node.children or (
+        node.get("hide_mode") == "input"
+        and len(node) == 1
+        and isinstance(node[0], HideCodeCellNode)
+    )
+
+
+def fold(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Put behind a fold what a reader of the main way passes by: nothing is lost, little is open.
+
+    `<!-- fold -->` right below a heading folds its section, and the heading opens it.
+    `<!-- fold: words -->` folds what follows, up to `<!-- unfold -->`, the next heading or the end
+    of the section, behind these words. Every proof is folded.
+    """
+    for mark in list(doctree.findall(_is_mark)):
+        kind, words = MARK.fullmatch(mark.astext()).groups()  # type: ignore[union-attr]
+        section = mark.parent
+        if not isinstance(section, nodes.section):
+            logging.getLogger(__name__).warning("a fold inside a block", location=mark)
+        elif kind == "fold" and words:
+            at = section.index(mark)
+            rest = range(at + 1, len(section))
+            ends = (
+                k for k in rest if isinstance(section[k], nodes.section) or _is_mark(section[k])
+            )
+            if (end := next(ends, len(section))) == at + 1:
+                logging.getLogger(__name__).warning("a fold of nothing", location=mark)
+            section.insert(end, _html("</details>"))
+            section[at] = _html(f'<details class="fold"><summary>{escape(words)}</summary>')
+        elif kind == "fold":
+            section.remove(mark)
+            section.insert(1, _html("</summary>"))
+            section.insert(0, _html('<details class="fold"><summary>'))
+            section.append(_html("</details>"))
+    for proof in list(doctree.findall(proof_node)):
+        first = proof[0][0]  # sphinx-proof writes a "Proof." before it
+        first[0] = nodes.Text(first[0].astext().removeprefix("Proof. "))
+        opened = _html('<details class="fold proof-fold"><summary>Proof</summary>')
+        proof.parent.replace(proof, [opened, proof, _html("</details>")])
+
+
+def _is_mark(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.raw) and MARK.fullmatch(node.astext()) is not None
+
+
+def _html(text: str) -> nodes.raw:
+    return nodes.raw("", text, format="html")
 
 
 def describe(
@@ -104,10 +175,24 @@ def mend(app: Sphinx, error: Exception | None) -> None:
             shutil.copyfile(notebook, offered)
 
 
+def map_site(app: Sphinx, error: Exception | None) -> None:
+    """Once there is an address, the sitemap names every page with it."""
+    if error is None and app.config.html_baseurl:
+        pages = map(app.builder.get_target_uri, sorted(app.env.found_docs))
+        urls = (f"<url><loc>{escape(app.config.html_baseurl + page)}</loc></url>" for page in pages)
+        schema = "http://www.sitemaps.org/schemas/sitemap/0.9"
+        text = f'<?xml version="1.0" encoding="utf-8"?>\n<urlset xmlns="{schema}">\n'
+        text += "\n".join([*urls, "</urlset>\n"])
+        Path(app.outdir, "sitemap.xml").write_text(text, encoding="utf-8")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", publish)
     app.connect("env-get-updated", number_by_chapter, priority=900)  # after Sphinx's own numbers
+    app.connect("doctree-resolved", gather)
+    app.connect("doctree-resolved", fold)
     app.connect("html-page-context", describe)
     app.connect("html-page-context", offer)
     app.connect("build-finished", mend)
+    app.connect("build-finished", map_site)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -123,11 +123,22 @@ def legend(figure: Figure) -> None:
     )
 
 
-def strip(images: Mapping[str, Tensor], titles: Sequence[str] = (), size: float = 0.6) -> Figure:
-    """Rows of images (N, C, H, W) in [0, 1], each row with its name, each column with a title."""
+def strip(
+    images: Mapping[str, Tensor],
+    titles: Sequence[str] = (),
+    size: float = 0.6,
+    answers: Mapping[str, Sequence[tuple[str, bool]]] | None = None,
+) -> Figure:
+    """Rows of images (N, C, H, W) in [0, 1], each row with its name, each column with a title.
+
+    ``answers`` are written above the images of a row, in red where they are wrong (False).
+    """
     count = max(len(row) for row in images.values())
-    figure, axes = panels(len(images), count, width=size * count + 0.8, height=size)
+    height = size + 0.18 * (answers is not None)
+    figure, axes = panels(len(images), count, width=size * count + 0.8, height=height)
     for line, (name, row) in zip(axes, images.items(), strict=True):
+        for axis, (said, right) in zip(line, (answers or {}).get(name, ()), strict=False):
+            axis.set_title(said, fontsize=10, pad=2, color="#000000" if right else "#D00000")
         for axis in line:
             axis.axis("off")
         for axis, image in zip(line, row, strict=False):

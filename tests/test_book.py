@@ -387,6 +387,114 @@ def test_curves_turn_light_in_the_dark_and_pictures_do_not(
     switch(tab, "light")
 
 
+# A reader's way: the words that are seen before the exercises, without code, numbers and formulas,
+# and how many windows lie above the verdict.
+WAY = """() => {
+  const end = document.querySelector("#exercises");
+  const other = "pre, .math, .side-by-side, .hide, script";
+  const text = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+  let words = 0;
+  for (let node = text.nextNode(); node; node = text.nextNode()) {
+    const place = node.parentElement;
+    if (end && end.compareDocumentPosition(node) & Node.DOCUMENT_POSITION_FOLLOWING) continue;
+    if (place.closest(other) || !place.checkVisibility({ visibilityProperty: true })) continue;
+    words += (node.data.match(/[\\p{L}\\p{N}]+(?:['’.-][\\p{L}\\p{N}]+)*/gu) || []).length;
+  }
+  const verdict = document.querySelector("#verdict, #the-verdict");
+  return {
+    words,
+    screens: verdict.getBoundingClientRect().top / innerHeight + scrollY / innerHeight,
+    code: [...document.querySelectorAll(".cell_input")].filter(e => e.checkVisibility()).length,
+  };
+}"""
+SOURCE_CHAPTERS = [page for page in CHAPTERS if "reevaluation" not in page]
+
+
+@pytest.mark.parametrize("page", SOURCE_CHAPTERS, scope="module")
+@at_every_width
+def test_a_chapter_has_a_way_of_sixteen_minutes(opened: tuple[Page, list[str]], width: int) -> None:
+    tab, _ = opened
+    way = tab.evaluate(WAY)
+    assert 1500 <= way["words"] <= 16 * 220, way  # words a minute
+    if width > 1000:
+        assert way["screens"] <= 30, way
+
+
+@pytest.mark.parametrize("page", SOURCE_CHAPTERS, scope="module")
+@at_every_width
+def test_the_first_screens_hold_claim_answer_and_picture(
+    opened: tuple[Page, list[str]], width: int
+) -> None:
+    tab, _ = opened
+    height = tab.evaluate("innerHeight")
+    last = tab.locator("article figure img:visible").first.bounding_box()
+    assert last and last["y"] + tab.evaluate("scrollY") < (1.4 if width > 1000 else 2.2) * height
+
+
+@pytest.mark.parametrize("page", SOURCE_CHAPTERS, scope="module")
+@at_every_width
+def test_a_link_into_a_fold_opens_it(opened: tuple[Page, list[str]], site: Path, page: str) -> None:
+    tab, trouble = opened
+    folded = "details:not([open]) [id]:is(section, .proof, .exercise)"
+    found = tab.eval_on_selector_all(folded, "all => all.map(e => e.id)")
+    assert found
+    for name in {found[0], found[-1]}:
+        tab.evaluate("name => { location.hash = name }", name)
+        tab.wait_for_function("name => document.getElementById(name).checkVisibility()", arg=name)
+        place = tab.evaluate("n => document.getElementById(n).getBoundingClientRect().top", name)
+        assert -1 <= place < tab.evaluate("innerHeight")
+    tab.goto((site / page).as_uri())
+    assert trouble == []
+
+
+@pytest.mark.parametrize("page", SOURCE_CHAPTERS, scope="module")
+@at_every_width
+def test_a_picture_is_chosen_by_keyboard(opened: tuple[Page, list[str]]) -> None:
+    tab, trouble = opened
+    figures = tab.locator("figure.frames").all()
+    assert figures
+    assert tab.locator("figure.frames input[type=range]").count() <= 1
+    for figure in figures:
+        seen = figure.locator("img:visible")
+        assert seen.count() == 1
+        before = seen.get_attribute("alt")
+        control = figure.locator("input[type=range], input:checked").first
+        control.focus()
+        size = seen.bounding_box()
+        tab.keyboard.press("ArrowRight")
+        assert seen.count() == 1 and seen.get_attribute("alt") != before
+        assert seen.bounding_box() == size, "the page jumps"
+        if control.get_attribute("type") == "range":
+            name = str(seen.get_attribute("data-frame"))
+            assert str(control.get_attribute("aria-valuetext")).endswith(f"= {name}")
+            assert figure.locator("output").inner_text() == name
+    assert trouble == []
+
+
+def test_without_a_script_a_picture_is_seen_and_a_fold_opens(browser: Browser, site: Path) -> None:
+    silent = browser.new_context(java_script_enabled=False, offline=True)
+    tab = silent.new_page()
+    tab.goto((site / CHAPTERS[1]).as_uri())
+    for figure in tab.locator("figure.frames").all():
+        assert figure.locator("img:visible").count() == 1
+    fold = tab.locator("details.fold:has(> p)").first
+    assert not fold.locator("> p").first.is_visible()
+    fold.locator("> summary").click()
+    assert fold.locator("> p").first.is_visible()
+    silent.close()
+
+
+def test_an_excerpt_of_the_search_is_prose(browser: Browser, site: Path) -> None:
+    tab = browser.new_page()
+    tab.goto((site / "search.html").as_uri())
+    for page in SOURCE_CHAPTERS:
+        html = (site / page).read_text()
+        text = tab.evaluate("html => Search.htmlToText(html, '')", html)
+        assert "The claim." in text and "import" in html
+        assert not re.search(r"\bimport \w|find_spec|def \w+\(|\\lVert", text)
+    tab.close()
+
+
 # What would be cut on paper, what could not be pushed there, and what would stay folded.
 LOST_IN_PRINT = """() => {
   const shown = query => [...document.querySelectorAll(query)].filter(e => e.checkVisibility());
@@ -501,6 +609,90 @@ def test_an_address_makes_a_canonical_one(little_book: Path, tmp_path: Path) -> 
         picture = [str(tag["content"]) for tag in page.select("meta[property='og:image']")]
         assert links == ([f"{expected}chapters/a.html"] if expected else [])
         assert picture == ([f"{expected}_static/hook.png"] if expected else [])
+        sitemap = tmp_path / "html" / "sitemap.xml"
+        found = re.findall(r"<loc>(.+?)</loc>", sitemap.read_text()) if sitemap.exists() else []
+        names = ("book/intro.html", "chapters/a.html") if expected else ()
+        assert found == [f"{expected}{name}" for name in names]
+
+
+FOLDED = """# A
+
+Seen.
+
+## Whole
+
+<!-- fold -->
+
+Hidden one.
+
+### Below
+
+Hidden two.
+
+## In part
+
+Seen, too.
+
+<!-- fold: Some words & a sign -->
+
+Hidden three.
+
+<!-- unfold -->
+
+Seen again.
+
+<!-- fold: The rest -->
+
+Hidden four.
+
+### Heading
+
+Seen at last.
+
+:::{prf:proof}
+Hidden five.
+:::
+"""
+
+
+def test_what_is_marked_is_folded_and_nothing_else(little_book: Path, tmp_path: Path) -> None:
+    (little_book / "book" / "intro.md").write_text(FOLDED)
+    build.html(little_book, tmp_path / "html")
+    page = BeautifulSoup((tmp_path / "html/book/intro.html").read_text(), "html.parser")
+    folds = page.select("article details.fold")
+    heads = [fold.select_one("summary").text.strip("\n#") for fold in folds]
+    assert heads == ["Whole", "Some words & a sign", "The rest", "Proof"]
+    hidden = [p.text for fold in folds for p in fold.select("p")]
+    assert hidden == [f"Hidden {n}." for n in ("one", "two", "three", "four", "five")]
+    texts = [p.text for p in page.select("article p") if p.text not in hidden]
+    assert texts == ["Seen.", "Seen, too.", "Seen again.", "Seen at last."]
+    (section,) = page.select("#whole")
+    assert section.select_one("details > summary > h2") and section.select_one("details #below")
+
+
+def test_neighbors_of_hidden_code_are_one_line(little_book: Path, tmp_path: Path) -> None:
+    path = little_book / "chapters" / "a.ipynb"
+    chapter = nbformat.read(path, as_version=4)
+    said = [nbformat.v4.new_output("stream", text="3\n")]
+    for source, outputs in (("one = 1", []), ("two = 2", []), ("print(3)", said)):
+        tags = {"tags": ["hide-input"]}
+        cell = nbformat.v4.new_code_cell(source, metadata=tags, outputs=outputs)
+        chapter.cells.append(cell)
+    nbformat.write(chapter, path)
+    build.html(little_book, tmp_path / "html")
+    page = BeautifulSoup((tmp_path / "html/chapters/a.html").read_text(), "html.parser")
+    (both,) = page.select("details.fold")
+    assert both.select_one("summary").text == "Show source of 2 cells"
+    assert [code.text.strip() for code in both.select("pre")] == ["one = 1", "two = 2"]
+    (other,) = page.select("details.hide")
+    assert "print(3)" in other.text
+
+
+@pytest.mark.parametrize("mark", ["> <!-- fold: words -->", "<!-- fold: words -->"])
+def test_a_fold_that_cannot_be_is_an_error(little_book: Path, tmp_path: Path, mark: str) -> None:
+    (little_book / "book" / "intro.md").write_text(f"# A\n\n{mark}\n\n## B\n")
+    with pytest.raises(RuntimeError, match=r"a fold (inside a block|of nothing)"):
+        build.html(little_book, tmp_path / "html")
 
 
 def test_failed_chapter_leaves_nothing_that_looks_finished(little_book: Path) -> None:
