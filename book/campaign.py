@@ -45,6 +45,8 @@ except ImportError:  # Windows
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = ROOT / "chapters"
 SNAKEFILE = Path(__file__).with_name("campaign.smk")
+# glibc keeps what a step frees for the next one: on a CPU a step then takes a sixth less time.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 @dataclass(frozen=True, order=True)
@@ -263,7 +265,7 @@ def _command(unit: Unit, options: argparse.Namespace) -> list[str]:
 def _within(command: list[str], options: argparse.Namespace, elapsed: float) -> int | None:
     """Run a command and all that it starts until the minutes are over; None if they were."""
     rest = 60 * options.minutes - elapsed if options.minutes else None
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=KEEP | os.environ, start_new_session=True)
     try:
         return process.wait(rest)
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
