@@ -33,7 +33,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from defenses import code, outcomes, training
+from defenses import code, distributed, outcomes, training
 from defenses.results import COLUMNS, KEY, KIND, PROTOCOLS, commit, printed, record
 from defenses.run import Run, read_rows
 
@@ -115,17 +115,20 @@ def do(unit: Unit, results: Path, data_root: str = "") -> None:
         names = execute(unit.notebook, parameters | {"data_root": data_root})
     if unit.only and unit.only not in (known := names["run"].known):
         raise ValueError(f"{unit.chapter} has no {unit.only!r}, expected one of {known}")
+    if distributed.processes()[0] > 0:
+        return
     unit.done(results).parent.mkdir(parents=True, exist_ok=True)
     unit.done(results).write_text(code.digest(unit.notebook))
 
 
 @contextlib.contextmanager
 def free_gpu() -> Iterator[str]:
-    """The name of a GPU that no other unit on this machine holds; "" where there is only one."""
+    """The name of a GPU that no other unit on this machine holds; "" where there is only one, and
+    under `torchrun`, which numbers them."""
     import torch
 
     count = torch.cuda.device_count()
-    if count < 2 or fcntl is None:
+    if count < 2 or fcntl is None or "LOCAL_RANK" in os.environ:
         yield ""
         return
     folder = Path(tempfile.gettempdir(), f"does-it-hold-gpus-{os.getuid()}")
@@ -240,7 +243,9 @@ def by_snakemake(todo: pd.DataFrame, options: argparse.Namespace) -> int:
     listed.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(ROOT), "--rerun-triggers", "mtime", "--keep-going", "--nolock"]
-    threads = 2 if options.executor else max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = 2 * max(1, options.gpus)
+    if not options.executor:
+        threads = max(1, (os.cpu_count() or 1) // options.jobs)
     config = {"plan": listed.resolve(), "gpus": options.gpus, "threads": threads}
     command += ["--rerun-incomplete", "--config", *(f"{key}={config[key]}" for key in config)]
     if options.executor:
@@ -255,7 +260,11 @@ def by_snakemake(todo: pd.DataFrame, options: argparse.Namespace) -> int:
 
 
 def _command(unit: Unit, options: argparse.Namespace) -> list[str]:
-    words = [sys.executable, "-m", "book.campaign", "unit", unit.only, "--chapters", unit.chapter]
+    words = [sys.executable]
+    if options.gpus > 1:
+        words += ["-m", "torch.distributed.run", "--standalone"]
+        words += [f"--nproc-per-node={options.gpus}"]
+    words += ["-m", "book.campaign", "unit", unit.only, "--chapters", unit.chapter]
     words += ["--dataset", unit.dataset, "--protocol", unit.protocol, "--seeds", str(unit.seed)]
     words += [f"--results={options.results}", f"--data-root={options.data_root}"]
     words += [] if options.executor else [f"--parent={os.getpid()}"]
@@ -381,7 +390,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=0, help="stop then; 0: when all is done")
     parser.add_argument("--jobs", type=int, default=1, help="units at a time")
-    parser.add_argument("--gpus", type=int, default=0, help="of each job on a cluster")
+    parser.add_argument("--gpus", type=int, default=0, help="of each unit, a process each")
     parser.add_argument("--executor", default="", help="Snakemake's: slurm, kubernetes, …")
     parser.add_argument("--results", type=Path, default=ROOT / "runs")
     parser.add_argument("--data-root", default=_data())

@@ -27,7 +27,7 @@ for place, job in enumerate(JOBS):
         priority: len(JOBS) - place
         threads: int(config["threads"])
         resources:
-            mem_mb=8000,
+            mem_mb=8000 * max(1, int(config.get("gpus", 0))),
             gpu=int(config.get("gpus", 0)),
         shell:
             "{params.words:q}"

@@ -21,6 +21,8 @@ from torchvision import datasets
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import check_integrity
 
+from defenses.stored import Stored, store
+
 TORCHVISION: dict[str, Any] = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
@@ -31,6 +33,7 @@ TORCHVISION: dict[str, Any] = {
 NAMES = ("digits", *TORCHVISION, "cifar10-jpeg", "imagefolder:PATH")
 DIGITS = tuple("0123456789")
 EXTENSIONS = (".jpg", ".jpeg", ".png")
+LARGE = 2**30  # bytes of image files, which decoded are some ten times as many
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,12 +78,20 @@ class ImageData:
 
 
 def load_data(
-    name: str, root: str | Path | None = None, device: torch.device | str | None = None
+    name: str,
+    root: str | Path | None = None,
+    device: torch.device | str | None = None,
+    *,
+    resident: bool | None = None,
+    size: int = 224,
+    cache: str | Path | None = None,
 ) -> ImageData:
     """Load a data set as uint8 tensors, downloading it where torchvision can and must.
 
     CIFAR, SVHN and image folders are decoded once and kept as one file, `NAME.uint8.pt`, beside
     the data; it is rebuilt when the data's files change, and not written in a read-only folder.
+    An image folder of more than `LARGE` bytes stays on the disk, decoded: its images, of whatever
+    shape, are a :class:`defenses.stored.Stored`, which `fit` and `evaluate` take like a tensor.
 
     Parameters
     ----------
@@ -96,14 +107,21 @@ def load_data(
         variable `DEFENSES_DATA`, else `defenses` beside torch's hub in the user's cache.
     device : torch.device or str, optional
         Where the tensors go; default: the CPU.
+    resident : bool, optional
+        Whether an image folder is held in memory whole; default: by its size.
+    size, cache : int; path, optional
+        Of a folder that is not: the height and width to which its images are cut, and where they
+        are kept, decoded. Default: the environment variable `DEFENSES_CACHE`, else beside the data.
 
     Raises
     ------
     ValueError
-        The name is unknown; a file is corrupted (it is named); images differ in size; the
-        training and test classes of a folder differ.
+        The name is unknown; a file is corrupted (it is named); images held in memory differ in
+        size; the training and test classes of a folder differ.
     FileNotFoundError
         The data are neither there nor to be had by download.
+    OSError
+        The decoded images of a folder cannot be written.
 
     Examples
     --------
@@ -116,7 +134,9 @@ def load_data(
     elif name in TORCHVISION:
         data = _read_torchvision(name, folder)
     elif name == "cifar10-jpeg" or name.removeprefix("imagefolder:") not in ("", name):
-        data = _read_imagefolder(folder / Path(name.removeprefix("imagefolder:")).expanduser())
+        folder /= Path(name.removeprefix("imagefolder:")).expanduser()
+        cache = cache or os.environ.get("DEFENSES_CACHE") or folder
+        data = _read_imagefolder(folder, resident, size, Path(cache).expanduser())
     else:
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
     return data if device is None else data.to(device)
@@ -158,6 +178,7 @@ def batches(
     labels: Tensor,
     batch_size: int,
     generator: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
     **form: Any,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return an iterator of (float images in [0,1], labels), the last batch perhaps a smaller one.
@@ -172,6 +193,9 @@ def batches(
     batch_size : int, at least 1
     generator : torch.Generator, optional
         On the images' device, so that shuffling never leaves it; one on the CPU works as well.
+    share : (k, n)
+        What the k-th of n processes takes: of each batch every n-th image, beginning with the k-th;
+        without a generator, every n-th batch.
     form
         The `dtype` and `memory_format` of the batches, as `to_float` takes them.
     """
@@ -179,21 +203,30 @@ def batches(
         raise ValueError(f"expected a label an image, got {len(images)} and {len(labels)}")
     if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
         raise ValueError(f"batch_size is {batch_size!r}, expected an integer >= 1")
-    starts = range(0, len(images), batch_size)
+    starts, (k, n), seed = range(0, len(images), batch_size), share, None
+    stored: Any = images if isinstance(images, Stored) else None
     if generator is None:
-        parts: list[Any] = [slice(start, start + batch_size) for start in starts]
+        parts: list[Any] = [slice(start, start + batch_size) for start in starts][k::n]
     else:
-        order = torch.randperm(len(images), generator=generator, device=generator.device)
-        order = order.to(images.device)
-        parts = [order[start : start + batch_size] for start in starts]
-    return ((to_float(images[part], **form), labels[part].clone()) for part in parts)
+        if stored is not None:
+            order, seed = stored.order(generator)
+        else:
+            order = torch.randperm(len(images), generator=generator, device=generator.device)
+            order = order.to(images.device)
+        parts = [order[start : start + batch_size][k::n] for start in starts]
+    read = (images[part] for part in parts) if stored is None else stored.read(parts, seed)
+    both = zip(read, parts, strict=True)
+    return ((to_float(x, **form), labels[part].clone()) for x, part in both)
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
     """Eight letters that name these images with these labels: what two numbers must share."""
     crc = 0
     for part in tensors:
-        crc = zlib.crc32(part.detach().cpu().contiguous().numpy(), crc)  # not a copy
+        if isinstance(part, Stored):
+            crc = zlib.crc32(part.identity.encode(), crc)
+        else:
+            crc = zlib.crc32(part.detach().cpu().contiguous().numpy().data, crc)  # no copy
     return f"{crc:08x}"
 
 
@@ -324,7 +357,7 @@ def _corrupted(name: str, file: Path, reason: str) -> str:
     return f"{file} is corrupted: {reason}. Delete it and load {name!r} again to download it anew"
 
 
-def _read_imagefolder(folder: Path) -> ImageData:
+def _read_imagefolder(folder: Path, resident: bool | None, size: int, cache: Path) -> ImageData:
     samples, classes = {}, {}
     for split in ("train", "test"):
         if not (folder / split).is_dir():
@@ -337,6 +370,17 @@ def _read_imagefolder(folder: Path) -> ImageData:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise ValueError(f"{folder}: train and test must have the same classes; only one has {odd}")
     files = [file for file, _ in samples["train"] + samples["test"]]
+    name = folder.resolve().name
+    if resident is None:
+        resident = sum(file.stat().st_size for file in files) <= LARGE
+    if not resident:
+
+        def stored(split: str) -> tuple[Any, Tensor]:
+            paths, labels = zip(*samples[split], strict=True)
+            images, order = store(paths, cache / name, split, size, _decode_one)
+            return images, torch.tensor(labels)[order]
+
+        return ImageData(name, *stored("train"), *stored("test"), tuple(classes["train"]))
 
     def read() -> tuple[list[Tensor], tuple[str, ...]]:
         images = _decode(files)
@@ -344,7 +388,6 @@ def _read_imagefolder(folder: Path) -> ImageData:
         n = len(samples["train"])
         return [images[:n], labels[:n], images[n:], labels[n:]], tuple(classes["train"])
 
-    name = folder.resolve().name
     return _image_data(name, *_decoded_once(folder / f"{name}.uint8.pt", files, read))
 
 
@@ -382,7 +425,10 @@ def _decode(files: list[Path]) -> Tensor:
     for file, image in zip(files, decoded, strict=True):
         if image.shape != decoded[0].shape:
             (_, h, w), (_, H, W) = image.shape, decoded[0].shape
-            raise ValueError(f"{file} is {h}×{w}, but {files[0]} is {H}×{W}: resize to one size")
+            raise ValueError(
+                f"{file} is {h}×{w}, but {files[0]} is {H}×{W}: resize to one size, or let "
+                "load_data cut them, with resident=False"
+            )
     images = torch.stack(decoded)
     grey = bool((images == images[:, :1]).all())
     return images[:, :1] if grey else images

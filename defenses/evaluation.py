@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from .attacks.contract import attacking, check_model, crafted, relative_norm
 from .attacks.norms import lp
 from .data import ImageData, batches, digest
+from .distributed import in_turn, processes
 from .layout import taken_by
 from .progress import one_bar, say, track
+from .stored import Stored
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Split = tuple[Tensor, Tensor]
@@ -137,9 +139,9 @@ def evaluate(
     (True, 360)
     """
     correct = []
-    for x, y in on_device_of(model, data_split, batch_size):
+    for x, y in on_device_of(model, data_split, batch_size, processes()):
         correct.append(_correct(model, _attacked(attack, model, x, y), y))
-    return Accuracy(torch.cat(correct).cpu(), digest(data_split))
+    return Accuracy(torch.cat(in_turn(correct)).cpu(), digest(data_split))
 
 
 def epsilon_curve(
@@ -164,18 +166,22 @@ def transfer_matrix(
 
     Each source is attacked once. The diagonal is the white-box accuracy.
     """
-    correct: dict[tuple[str, str], list[Tensor]] = {}
+    correct: dict[tuple[str, str], list[Tensor]] = {
+        (tested_on, crafted_on): [] for crafted_on in models for tested_on in models
+    }
     taken = {name: taken_by(model, data_split[0]) for name, model in models.items()}
     for crafted_on, source in track(models.items(), len(models)):
-        for x, y in on_device_of(source, data_split, batch_size):
+        for x, y in on_device_of(source, data_split, batch_size, processes()):
             x_adv = _attacked(attack, source, x, y)
             for tested_on, model in models.items():
                 shown, label = taken[tested_on].of(x_adv), y.to(taken[tested_on].device)
                 right = _correct(model, shown, label).cpu()
-                correct.setdefault((tested_on, crafted_on), []).append(right)
+                correct[tested_on, crafted_on].append(right)
     images = digest(data_split)
     return {
-        (tested_on, crafted_on): Accuracy(torch.cat(correct[tested_on, crafted_on]).cpu(), images)
+        (tested_on, crafted_on): Accuracy(
+            torch.cat(in_turn(correct[tested_on, crafted_on])).cpu(), images
+        )
         for tested_on in models
         for crafted_on in models
     }
@@ -225,7 +231,7 @@ def perturbations(
 ) -> Perturbations:
     """Run `attack` once over `data_split` and measure what it did; arguments as in `evaluate`."""
     rows = []
-    for x, y in on_device_of(model, data_split, batch_size):
+    for x, y in on_device_of(model, data_split, batch_size, processes()):
         x_adv = _attacked(attack, model, x, y)
         eta = (x_adv - x).flatten(1)
         rows.append(
@@ -238,7 +244,8 @@ def perturbations(
                 ~_correct(model, x_adv, y),
             )
         )
-    *sizes, clean_correct, fooled = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
+    columns = zip(*in_turn(rows), strict=True)
+    *sizes, clean_correct, fooled = (torch.cat(column).cpu() for column in columns)
     l2, linf, relative, l0 = (size.double() for size in sizes)  # on the CPU: some GPUs have none
     return Perturbations(l2, linf, relative, l0, clean_correct, fooled, digest(data_split))
 
@@ -293,11 +300,11 @@ def distances(
     """How far `attack` had to go for each image, float64 (n,): 0 where the model was wrong from
     the start, infinite where it is right in the end; `norm` is one of `attacks.norms.ORDER`."""
     rows = []
-    for x, y in on_device_of(model, data_split, batch_size):
+    for x, y in on_device_of(model, data_split, batch_size, processes()):
         x_adv = _attacked(attack, model, x, y)
         size = lp(x_adv - x, norm).masked_fill(~_correct(model, x, y), 0.0)
         rows.append(size.masked_fill(_correct(model, x_adv, y), torch.inf).cpu().double())
-    return torch.cat(rows)
+    return torch.cat(in_turn(rows))
 
 
 def optimality(found: Tensor, best: Tensor) -> float:
@@ -364,6 +371,12 @@ def robustness(found: Perturbations) -> Robustness:
         Where not one image was fooled.
     """
     return _mean_of(found.relative.masked_fill(~found.fooled, math.inf), found.images)
+
+
+def in_percent(mean: Robustness) -> Robustness:
+    """The same mean, a hundred times as large: some papers print it so."""
+    low, high = mean.ci
+    return replace(mean, value=100 * mean.value, ci=(100 * low, 100 * high), sizes=None)
 
 
 def success(found: Perturbations) -> Accuracy:
@@ -449,23 +462,22 @@ def seed_interval(
 
 
 def on_device_of(
-    model: nn.Module, data_split: Split, batch_size: int
+    model: nn.Module, data_split: Split, batch_size: int, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels = _checked(data_split)
     check_model(model)
     if not len(images):
         raise ValueError("there are no images to measure on: the split is empty")
     taken = taken_by(model, images)
-    for x, y in track(
-        batches(images, labels, batch_size, **taken.form), -(-len(images) // batch_size)
-    ):
+    own = batches(images, labels, batch_size, None, share, **taken.form)
+    for x, y in track(own, -(-len(images) // batch_size // share[1])):
         yield x.to(taken.device), y.to(taken.device)
 
 
 def _checked(data_split: Split) -> Split:
     if isinstance(data_split, tuple | list) and len(data_split) == 2:
         for what, values in zip(("images", "labels"), data_split, strict=True):
-            if not isinstance(values, Tensor):
+            if not isinstance(values, Tensor | Stored):
                 raise ValueError(
                     f"the {what} are {type(values).__name__}, expected a tensor: "
                     f"torch.as_tensor({what}) makes one"

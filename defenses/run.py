@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from matplotlib.figure import Figure
 
-from defenses import code, outcomes
+from defenses import code, distributed, outcomes
 from defenses.checkpoint import kept_in
 from defenses.data import NAMES
 from defenses.results import COLUMNS, KEY, PROTOCOLS, chapters_folder, measure
@@ -47,6 +47,8 @@ class Run:
     only : str
         The one network (or other name given to `networks`) to work on; empty: all.
 
+    Under `torchrun` all processes make the same run, and the first writes what it keeps.
+
     Raises
     ------
     ValueError
@@ -70,6 +72,7 @@ class Run:
 
     def __post_init__(self) -> None:
         _refuse_unknown(getattr(sys.modules["__main__"], "In", []))
+        distributed.start()
         for name in ("protocol", "dataset", "device", "results", "only"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
@@ -123,11 +126,7 @@ class Run:
         if behind := " ".join(
             code.digest(self._notebook, cell) for cell in _cells(until="__missing__")
         ):
-            note = file.with_suffix(".code")
-            if file.is_file() and note.is_file() and (other := note.read_text()) != behind:
-                file.replace(file.with_name(f"{file.stem}.{zlib.crc32(other.encode()):08x}.pt"))
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(behind)
+            distributed.of_first(lambda: _put_aside(file, behind))
         if self.only in ("", name) or name not in self.known:  # another's training is not ours
             self._begun[file] = _seconds(file)
         return file
@@ -151,7 +150,8 @@ class Run:
             self.rows.append({name: stored[name] for name in COLUMNS})
             self._last = time.perf_counter()
             return kept
-        with kept_in(self.file.with_suffix(".attacks") if self.results else None):
+        own = f".attacks{distributed.processes()[0] or ''}"  # each process has images of its own
+        with kept_in(self.file.with_suffix(own) if self.results else None):
             return self._measured(place, behind, outcome() if callable(outcome) else outcome)
 
     def _measured(self, place: tuple[str, str, str, str], behind: str, outcome: Any) -> Any:
@@ -166,6 +166,8 @@ class Run:
         how |= {"n": outcome.n, "ci": ci, "code": behind}
         how |= {"images": getattr(outcome, "images", "")}
         self.rows.append(measure(*place, number, **how))
+        if (processes := distributed.processes()[1]) > 1:
+            self.rows[-1]["device"] += f" × {processes}"
         self._last, self._owed = now, 0.0
         if self.results:
             more = {"outcome": outcomes.to_json(outcome), "trained": self._trained}
@@ -187,7 +189,7 @@ class Run:
 
     def keep(self, name: str, figure: Figure) -> Figure:
         """Return `figure`; also write it to `figures/CHAPTER-NAME.png` in the folder `results`."""
-        if self.results:
+        if self.results and distributed.processes()[0] == 0:
             folder = Path(self.results, "figures", self._of)
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{self.chapter}-{name}.png")
@@ -218,10 +220,12 @@ class Run:
 
     @cached_property
     def _stored(self) -> dict[tuple[str, ...], dict[str, Any]]:
-        rows = read_rows(self.file) if self.results else []
+        rows = distributed.of_first(lambda: read_rows(self.file)) if self.results else []
         return {tuple(row[name] for name in KEY): row for row in rows}
 
     def _append(self, row: dict[str, Any]) -> None:
+        if distributed.processes()[0] > 0:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab+") as file:
             if file.seek(0, os.SEEK_END) and not _ends_line(file):
@@ -286,6 +290,14 @@ def _file_name(text: str) -> str:
     return safe if safe == text else f"{safe}~{zlib.crc32(text.encode()):08x}"
 
 
+def _put_aside(file: Path, behind: str) -> None:
+    note = file.with_suffix(".code")
+    if file.is_file() and note.is_file() and (other := note.read_text()) != behind:
+        file.replace(file.with_name(f"{file.stem}.{zlib.crc32(other.encode()):08x}.pt"))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(behind)
+
+
 def _seconds(file: Path) -> float:
     """How long the training in a checkpoint has taken so far; 0 where `fit` could not read it."""
     try:
@@ -314,6 +326,8 @@ def _names(cell: str, kind: type[ast.stmt]) -> set[str]:
 
 
 def _device(name: str) -> str:
+    if not name and distributed.processes()[1] > 1 and torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

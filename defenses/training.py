@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from defenses import distributed
 from defenses.attacks.contract import (
     asked_later,
     at_least_float32,
@@ -28,6 +29,7 @@ from defenses.data import ImageData, batches, digest
 from defenses.layout import check_last_batch, own, shown, taken_by
 from defenses.progress import one_bar, tqdm, track
 from defenses.resume import Resumable
+from defenses.stored import Stored
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 _COUNTS: ContextVar[list[int] | None] = ContextVar("_COUNTS", default=None)
@@ -82,6 +84,10 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on ``data.train`` and leave it in eval mode.
 
+    In several processes (`defenses.distributed`) each takes its share of every batch, and all end
+    with the weights of one process alone, up to rounding, as far as nothing is drawn and the loss
+    is a mean over images. What the loss and the model draw, each process draws for itself.
+
     Parameters
     ----------
     model : Module
@@ -104,14 +110,17 @@ def fit(
     seed : int
         Fixes the order of the images, the augmentation and dropout. The weights at the start are
         the model's own.
+    batch_size : int
+        Images a step, over all processes.
     checkpoint : path, optional
-        Written after each epoch, atomically. If it is there, training goes on from it and ends
-        with the same weights, bit for bit, as a run that was never stopped; more epochs may be
-        asked for. It must come from the same images, labels, loss, augmentation, batch size, seed
-        and layers, and from the same optimizer and schedule: all their options, as they were before
-        the first step or after the last, and each parameter's group. Loss and augmentation are
-        known by their names and values, those that are not of this package by their code, too. What
-        they learn or count is not in the file.
+        Written after each epoch, atomically, by the first process. If it is there, training goes on
+        from it and ends with the same weights, bit for bit, as a run that was never stopped; more
+        epochs may be asked for, and another number of processes, but for rounding. It must come
+        from the same images, labels, loss, augmentation, batch size, seed and layers, and from the
+        same optimizer and schedule: all their options, as they were before the first step or after
+        the last, and each parameter's group. Loss and augmentation are known by their names and
+        values, those that are not of this package by their code, too. What they learn or count is
+        not in the file.
     progress : bool
         One bar for all epochs, with the time that is left, where somebody looks on.
 
@@ -127,7 +136,8 @@ def fit(
         If there are no images; if the checkpoint is unreadable, of another run (what differs is
         named) or could not hold all that is trained; if the optimizer is of another model, or the
         schedule of another optimizer; if the last batch would be a single image, which the model's
-        batch normalization does not take. All before the first step.
+        batch normalization does not take; if the last batch has fewer images than there are
+        processes. All before the first step.
     FloatingPointError
         If the loss of an epoch is not finite.
 
@@ -175,27 +185,36 @@ def fit(
         counts.append(epochs * (flops * len(images) // len(x)))
         return []
 
+    (rank, world), stored = distributed.processes(), isinstance(images, Stored)
+    contiguous = not own(loss)
+
     def seen(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         # Each epoch draws from its own seed, so that resuming needs no generator's state.
-        torch.manual_seed(1_000_003 * seed + epoch)
+        torch.manual_seed(1_000_003 * seed + epoch + 500_009 * rank)
         generator = torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
-        for x, y in batches(images, labels, batch_size, generator, **taken.form):
+        share = (rank, world) if stored else (0, 1)  # what is in memory is divided when augmented
+        for x, y in batches(images, labels, batch_size, generator, share, **taken.form):
             if augment is not None:
                 x = taken.of(_augmented(augment, x, generator))
-            yield x if own(loss) else x.contiguous(), y
+            yield x.contiguous() if contiguous else x, y
 
     cuda = [device] if device.type == "cuda" else []
     deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with torch.random.fork_rng(cuda), deterministic, shown(model, optimizer, taken):
         file, history = None, []
+        distributed.check_shares(len(images), batch_size)
         if checkpoint is not None:
+            distributed.of_first(lambda: None)  # waits: it may be writing this file
             run = {"data": data.name, "images": len(images), "pixels": digest([images])}
             run |= {"labels": digest([labels]), "batch_size": batch_size, "seed": seed}
             file = Resumable.of(checkpoint, run, model, optimizer, schedule, loss, augment)
             history = file.resume(epochs, lambda: next(seen(0))[0])
+            if distributed.of_first(lambda: len(history)) != len(history):
+                raise ValueError(f"{checkpoint} must lie where all processes find it")
         if len(history) < epochs:
             one = next(batches(images[:1], labels[:1], 1, **taken.form))
             check_last_batch(model, *one, len(images), batch_size, loss)
+            loss = distributed.shared(model, loss)
         for epoch in track(range(len(history), epochs), epochs - len(history)):
             start, total = time.perf_counter(), torch.zeros((), device=device, dtype=taken.dtype)
             model.train()
@@ -205,8 +224,10 @@ def fit(
                 for x, y in tqdm(seen(epoch), name, mininterval=0.5, **bar):
                     if file is not None:
                         file.note_first(x)
+                    if world > 1 and not stored:
+                        x, y = x[rank::world], y[rank::world]
                     total += _step(model, loss, optimizer, x, y) * len(x)
-            mean = total.item() / len(images)
+            mean = distributed.total(total).item() / len(images)
             if not math.isfinite(mean):
                 raise FloatingPointError(
                     f"the loss became {mean} in epoch {epoch + 1}: lower the learning rate"
@@ -222,7 +243,7 @@ def fit(
                 if clash := sorted(found.keys() & history[-1].keys()):
                     raise ValueError(f"the probe found {clash}, which training itself keeps")
                 history[-1] |= found
-            if file is not None:
+            if file is not None and rank == 0:
                 file.save(history)
     model.eval()
     return history
