@@ -163,8 +163,10 @@ def _normalized(
         return FusedBatchNorm.apply(x, weight, bias, *running, dist.group.WORLD, processes()[1])
     places, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = total(wide.new_tensor(x.numel() / x.shape[1]))
-    mean = total(wide.sum(places)) / count
+    *sums, count = total(
+        torch.cat([wide.sum(places), wide.new_tensor([x.numel() / x.shape[1]])])
+    ).split([x.shape[1], 1])
+    mean = sums[0] / count
     centered = wide - mean.view(shape)
     var = total(centered.square().sum(places)) / count
     if running_mean is not None and running_var is not None:
