@@ -90,9 +90,10 @@ def of(chapter: str) -> Table:
     reader += f"{duration(60 * work)} for all but projects."
     rows = [*runs(chapter)]
     head = ("protocol", "data", "time", "memory", "measured on")
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    html = f'<div class="side-by-side"><p>{escape(reader)}</p><table class="table"><thead><tr>'
+    html = f'<div class="side-by-side"><p>{escape(reader)}</p><table class="table">'
+    html += "<caption>What a run takes · one seed, all networks</caption><thead><tr>"
     html += f"{cells}</tr></thead><tbody>{body}</tbody></table></div>"
     return Table(html, "\n".join([reader, *(" | ".join(row) for row in (head, *rows))]))
 
