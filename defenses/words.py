@@ -53,7 +53,7 @@ TITLES = {
     "margins": "Norm, margin and distances",
     "masking": "Signs of masking",
     "mnist": "Adversarial training",
-    "nearer": "How near six attacks come, in four norms",
+    "nearer": "How near attacks come, in four norms",
     "nearest": "Classes read from the nearest prototype",
     "pgd": "PGD",
     "pixels": "Attacks that change few pixels",

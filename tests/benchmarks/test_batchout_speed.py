@@ -24,8 +24,7 @@ from tests.benchmarks.test_jacobian_speed import BATCH, batch, beside
 from tests.benchmarks.test_training_speed import DEVICE, Note, in_turns, ratio, threads
 
 TURNS = 60  # a step is short
-# Where a step is short, a mere copy of the features costs 4% of it, and this layer 10%.
-AT_MOST = 1.15
+AT_MOST = 1.05  # missed where a step is short: there a mere copy of the features costs 4% of it
 KINDS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "BatchOut": {},
