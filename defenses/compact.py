@@ -21,7 +21,7 @@ class CompactConv2d(nn.Conv2d):
     in_channels, out_channels, kernel_size, stride, padding, bias
         As for :class:`torch.nn.Conv2d` (zero padding, no groups, no dilation).
     alpha : float
-        The scale at the start of training. The paper does not say it; 4 is our choice.
+        The scale at the start of training. The paper does not say it; from 1 its numbers come back.
     delta : float
         Keeps a blank patch from dividing by zero; 0.01 in the paper (Sec. 4). Must be positive.
     learn_alpha : bool
@@ -51,7 +51,7 @@ class CompactConv2d(nn.Conv2d):
         padding: int | tuple[int, int] = 0,
         bias: bool = True,
         *,
-        alpha: float = 4.0,
+        alpha: float = 1.0,
         delta: float = 0.01,
         learn_alpha: bool = True,
     ) -> None:
@@ -80,7 +80,7 @@ class CompactLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        alpha: float = 4.0,
+        alpha: float = 1.0,
         delta: float = 0.01,
         learn_alpha: bool = True,
     ) -> None:

@@ -74,7 +74,7 @@ def compact_network(
     compact: str | Collection[str] = (),
     activation: type[nn.Module] = nn.ReLU,
     norm: str | None = None,
-    alpha: float = 4.0,
+    alpha: float = 1.0,
     learn_alpha: bool = True,
 ) -> nn.Sequential:
     """Every network of Tables 1, 9 and 13 of Ranjan et al. (2017).
@@ -100,7 +100,8 @@ def compact_network(
         Table 9. Batch normalization before the activation of every hidden layer; local response
         normalization after that of every convolution.
     alpha, learn_alpha
-        Of the compact layers. The paper does not say where alpha starts; 4 is our choice.
+        Of the compact layers. The paper does not say where alpha starts; from 1 its numbers come
+        back.
 
     Raises
     ------
