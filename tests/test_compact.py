@@ -120,7 +120,7 @@ def test_first_and_second_derivatives_are_right(kernel: Any, stride: Any, paddin
 
 def test_the_linear_layer_is_the_equation_with_the_input_as_patch() -> None:
     torch.manual_seed(0)
-    layer = CompactLinear(6, 4).double()
+    layer = CompactLinear(6, 4, alpha=4.0).double()
     x = images(5, 6).requires_grad_()
     expected = 4 * x / (x.norm(dim=1, keepdim=True) + 0.01) @ layer.weight.T + layer.bias
     torch.testing.assert_close(layer(x), expected)
