@@ -230,12 +230,13 @@ def one_by_one(todo: pd.DataFrame, options: argparse.Namespace) -> int:
 def by_snakemake(todo: pd.DataFrame, options: argparse.Namespace) -> int:
     """Hand the plan to Snakemake, with the first of it as the most urgent."""
     done = {unit: str(unit.done(options.results)) for unit in todo["unit"]}
+    networks = todo["unit"][todo["flops"] > 0]  # the others need them, and not each other
     jobs = [
         {
             "title": _title(unit),
             "done": done[unit],
             "command": _command(unit, options)[1:],
-            "after": [] if flops else [done[other] for other in done if other.feeds(unit)],
+            "after": [] if flops else [done[other] for other in networks if other.feeds(unit)],
         }
         for unit, flops in zip(todo["unit"], todo["flops"], strict=True)
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 
 from book import campaign
@@ -316,6 +317,23 @@ def test_what_needs_several_networks_waits_for_those_of_its_own_kind() -> None:
     assert all(one.feeds(unit("transfer")) for one in feeds)
     assert not unit("transfer").feeds(unit("transfer"))
     assert not unit("SM", seed=1).feeds(unit("transfer"))
+
+
+def test_two_that_need_several_networks_do_not_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    todo = [unit("SM"), unit("transfer"), unit("figures")]
+    plan = pd.DataFrame({"unit": todo, "flops": [1, 0, 0]})
+    planned = []
+
+    def within(command: list[str], options: Any, elapsed: float) -> None:
+        (file,) = tmp_path.glob("plan-*.json")
+        planned.extend(job["after"] for job in json.loads(file.read_text()))
+
+    monkeypatch.setattr(campaign, "_within", within)
+    campaign.by_snakemake(plan, campaign.arguments(["results", f"--results={tmp_path}"]))
+    first = [str(unit("SM").done(tmp_path))]
+    assert planned == [[], first, first]
 
 
 @pytest.mark.parametrize("installed", [True, False])
