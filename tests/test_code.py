@@ -10,13 +10,18 @@ from defenses import code
 
 MODULE = '''
 """A module."""
-from .other import helper
+from . import plots
+from .other import again, helper
 from .progress import one_bar, say, track
 RATE = 0.1
 
 def attack(x):
     """Docstring."""
     return helper(x) * RATE
+
+def late(x):
+    from .other import inner
+    return plots.show() * inner(x)
 
 def unused(x):
     return -x
@@ -25,13 +30,25 @@ class Net:
     def forward(self, x):
         return attack(x)
 '''
-OTHER = "def helper(x):\n    return x + 1\n\ndef stranger():\n    return 0\n"
+OTHER = """
+def helper(x):
+    return x + 1
+
+def again(x):
+    return x + 3
+
+def inner(x):
+    return x + 5
+
+def stranger():
+    return 0
+"""
 CELLS = [
     ("from defenses import idea\nfrom defenses.idea import Net", []),
     ("steps: int = 3  # how many", ["parameters"]),
     ("table = {'a': 1}\nother_table = {'a': 1}", []),
     ("def measured():\n    return idea.attack(table['a'])", []),
-    ("note = measured()", []),
+    ("note = measured() * idea.again(steps) + idea.late(2)", []),
     ("beside = Net()", []),
     ("print('shown')", ["nbval-check-output"]),
 ]
@@ -79,6 +96,8 @@ def changed(book: Path, old: str, new: str) -> str:
         ("RATE = 0.1", "RATE = 0.2"),
         ("helper(x) * RATE", "helper(x) / RATE"),
         ("return x + 1", "return x + 2"),
+        ("return x + 3", "return x + 4"),  # it is asked for where it is only imported
+        ("return x + 5", "return x + 6"),  # a function imports it
         ("table = {'a': 1}\\nother", "table = {'a': 2}\\nother"),
         ("def attack(x):", "@helper\ndef attack(x):"),
         ("return helper(x) * RATE", "print(RATE)\n    return helper(x) * RATE"),
@@ -103,6 +122,7 @@ def test_it_changes_with_what_the_number_depends_on(book: Path, old: str, new: s
         ("beside = Net()", "beside = -Net()"),
         ("steps: int = 3", "steps: int = 4"),
         ("print('shown')", "print('told')"),
+        ("def show():", "def show(more=1):"),
         ("def helper(x):", "# a comment\ndef helper(x):"),
         ("def attack(x):", "@one_bar\ndef attack(x):"),
         ("return helper(x) * RATE", "say(RATE)\n    return helper(x) * RATE"),
@@ -125,6 +145,15 @@ def test_what_is_changed_in_place_counts(book: Path) -> None:
     before = digest(book)
     write(book, [*CELLS[:3], ("table['b'] = 2", []), *CELLS[3:]])
     assert digest(book, 5) != before
+
+
+def test_what_a_loop_adds_to_counts(book: Path) -> None:
+    cells = [*CELLS, ("for key in 'bc':\n    table |= {key: 2}", [])]
+    write(book, cells)
+    before = digest(book, 7)
+    cells[2] = ("table = {'a': 3}", [])
+    write(book, cells)
+    assert digest(book, 7) != before
 
 
 def test_a_module_asked_by_getattr_counts_whole(book: Path) -> None:
