@@ -60,6 +60,7 @@ TITLES = {
     "plane": "Images whose rooms overlap in the plane",
     "readings": "Ways to read the penalty",
     "rooms": "How far apart classes are, and how far attacks reach",
+    "scales": "What α becomes in training",
     "search": "Looking for a stronger attack",
     "signs": "Signs of the gradient that survive a step, %",
     "slopes": "Slope of each layer",
@@ -161,8 +162,8 @@ def column(key: str) -> tuple[str, str, str]:
     return DATA.get(data, data), row(re.sub(r"(\d)x(\d)", r"\1 × \2", name)), size
 
 
-def rank(key: str) -> tuple[int, str, str]:
-    """Sorts columns of a table of our own: the strongest attack first, then by size."""
-    _, name, size = column(key)
+def rank(key: str) -> tuple[str, int, str, str]:
+    """Sorts columns of a table of our own: by data set, the strongest attack first, by size."""
+    data, name, size = column(key)
     names = [*COLUMNS.values()]
-    return names.index(name) if name in names else len(names), name, size
+    return data, names.index(name) if name in names else len(names), name, size
