@@ -58,7 +58,7 @@ class Claim:
         a, b = self.rows[left], self.rows.get(right)
         if b is None:
             b = SimpleNamespace(value=float(right), ci_low=float(right), ci_high=float(right))
-        same = sign != ">=" and hasattr(b, "seed")
+        same = hasattr(b, "seed")  # a number, or what a source prints, has other images
         low, high = difference(a, b, factor=float(factor or 1), among=among, same=same)
         if sign == ">=":
             return _decided(low > -MARGIN, high < -MARGIN)
@@ -171,4 +171,4 @@ def _seeds(*rows: Any) -> str:
     of_all = sorted(set.intersection(*each)) or of_some
     text = f"seed{'s' * (len(of_all) > 1)} {', '.join(of_all)}"
     rest = [seed for seed in of_some if seed not in of_all]
-    return f"{text}, of some {', '.join(rest)}" if rest else text
+    return f"{text}, of some also {', '.join(rest)}" if rest else text
