@@ -210,8 +210,9 @@ def judge(
         float(torch.tensor([of[seed].percent for seed in seeds], dtype=torch.float64).mean())
         for of in (left, twin)
     )
+    more = all(left[seed].percent > twin[seed].percent for seed in seeds)
     word = "does not hold"
-    if ours - theirs >= MARGIN and p < LEVEL / comparisons:
+    if more and ours - theirs >= MARGIN and p < LEVEL / comparisons:
         word = "helps"
         if claimed is not None and ours >= claimed - MARGIN:
             word = "holds"

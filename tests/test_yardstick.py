@@ -55,6 +55,7 @@ def test_the_three_words() -> None:
 def test_every_seed_must_say_so_and_many_comparisons_ask_for_more() -> None:
     twin = {0: right(20), 1: right(20)}
     assert judge({0: right(180), 1: right(20)}, twin).word == "does not hold"
+    assert judge({0: right(180), 1: right(1)}, twin).word == "does not hold"  # worse, and surely
     few = {0: right(30)}  # ten images differ: p = 2 / 1024
     assert judge(few, {0: right(20)}).word == "helps"
     assert judge(few, {0: right(20)}, comparisons=10).word == "does not hold"
