@@ -179,7 +179,9 @@ OTHER: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (lambda: ending(Residual(), inputs=32), (2, 4, 4)),
     "a sequence of its own": (lambda: Doubled(nn.Flatten(), nn.Linear(16, 3)), (1, 4, 4)),
     "compact": (
-        lambda: nn.Sequential(CompactConv2d(1, 2, 3), relu(), nn.Flatten(), CompactLinear(8, 3)),
+        lambda: nn.Sequential(
+            CompactConv2d(1, 2, 3, alpha=4.0), relu(), nn.Flatten(), CompactLinear(8, 3, alpha=4.0)
+        ),
         (1, 4, 4),
     ),
     "padded by reflection": (

@@ -11,7 +11,7 @@ from typing import Any
 import jupytext
 import pytest
 
-from defenses.results import best, printed, row_at, value
+from defenses.results import KEY, best, printed, row_at, value
 from defenses.yardstick import difference
 
 CHAPTER = "prototype_conformity"
@@ -35,6 +35,7 @@ def _of_the_chapter() -> dict[str, Any]:
     cells = [cell.source for cell in jupytext.read(TEXT).cells if "def more(" in cell.source]
     assert len(cells) == 1
     names = {"best": best, "CHAPTER": CHAPTER, "row_at": row_at, "difference": difference}
+    names["KEY"] = KEY
     exec(cells[0], names)
     return names
 
