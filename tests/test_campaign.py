@@ -324,7 +324,7 @@ def test_two_that_need_several_networks_do_not_wait_for_each_other(
 ) -> None:
     todo = [unit("SM"), unit("transfer"), unit("figures")]
     plan = pd.DataFrame({"unit": todo, "flops": [1, 0, 0]})
-    planned = []
+    planned: list[list[str]] = []
 
     def within(command: list[str], options: Any, elapsed: float) -> None:
         (file,) = tmp_path.glob("plan-*.json")
