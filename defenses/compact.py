@@ -21,7 +21,7 @@ class CompactConv2d(nn.Conv2d):
     in_channels, out_channels, kernel_size, stride, padding, bias
         As for :class:`torch.nn.Conv2d` (zero padding, no groups, no dilation).
     alpha : float
-        The scale at the start of training. The paper does not say it; from 1 its numbers come back.
+        The scale at the start of training. The paper does not say it; of 1, 4, 16, 1 comes nearest.
     delta : float
         Keeps a blank patch from dividing by zero; 0.01 in the paper (Sec. 4). Must be positive.
     learn_alpha : bool
