@@ -136,8 +136,10 @@ def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple
     digits = digits or (1 if share else 2)
 
     def number(value: float) -> str:
-        few = digits if share else min(digits, max(0, 4 - len(f"{abs(value):.0f}")))
-        return "–" if math.isnan(value) else f"{value:,.{few}f}"
+        if math.isnan(value):
+            return "–"
+        before = len(f"{int(abs(value))}".lstrip("0"))
+        return f"{value:,.{digits if share else min(digits, max(0, 4 - before))}f}"
 
     ours, interval, mark = number(cell.value), "", marks.get((cell.protocol, cell.dataset), "")
     of_run = "" if number(cell.value_of_run) in ("–", ours) else number(cell.value_of_run)

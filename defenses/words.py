@@ -157,6 +157,9 @@ def column(key: str) -> tuple[str, str, str]:
     if found and rest not in COLUMNS and not found[1].endswith("Eq."):
         rest, letter, number = found.groups()
         unit = f"{letter} = {{}}" if letter else SIZES.get(rest.split()[-1], "ε = {}")
+        levels = 0 if "/" in number else round(255 * float(number))
+        if len(number) > 5 and f"{levels / 255:#.3g}" == number:  # 0.0157
+            number = f"{levels}/255"
         size = unit.format(number)
     name = COLUMNS.get(rest) or "".join(SHORT.get(part, part) for part in re.split("([ -])", rest))
     return DATA.get(data, data), row(re.sub(r"(\d)x(\d)", r"\1 × \2", name)), size

@@ -1,6 +1,7 @@
 """Our numbers beside the paper's, as a reader sees them."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -226,6 +227,15 @@ def test_other_metrics_stand_under_their_attack_with_the_papers_decimals(store: 
     }
 
 
+def test_a_small_number_keeps_the_papers_decimals(store: Path) -> None:
+    paper = "jacobian_regularization.csv"
+    shutil.copy(PAPER / paper, store / "paper" / paper)
+    small = row("No defense", "cifar10 deepfool", 0.00541, metric="robustness", table="table3")
+    record("jacobian_regularization", [small], store)
+    table = side_by_side("jacobian_regularization", "table3", ["No defense"], folder=store)
+    assert "0.0054 (0.0121)" in table.text.replace("\n", " ")
+
+
 def test_what_the_paper_does_not_have_is_shown_without_its_number(store: Path) -> None:
     rows = [
         row("CCN", "mnist pgd 0.3", 4.0, table="stronger"),
@@ -285,6 +295,8 @@ def test_stacks_end_where_a_head_ends(heads: str, parts: list[int]) -> None:
     [
         ("mnist fgsm 0.3", ("MNIST", "FGSM", "ε = 0.3")),
         ("cifar10 exact fgsm 8/255", ("CIFAR-10", "exact FGSM", "ε = 8/255")),
+        ("cifar10 pgd 0.0157", ("CIFAR-10", "PGD", "ε = 4/255")),
+        ("cifar10 pgd 0.0158", ("CIFAR-10", "PGD", "ε = 0.0158")),
         ("mnist eps=0.3 pgd-margin", ("MNIST", "PGD, margin", "ε = 0.3")),
         ("mnist deepfool d=0.1", ("MNIST", "DeepFool", "d = 0.1")),
         ("mnist black-box c&w 10", ("MNIST", "black-box C&W", "c = 10")),
