@@ -131,8 +131,13 @@ def _chosen(what: str, asked: Sequence[str] | None, known: Iterable[str]) -> lis
 
 
 def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple[str, str]:
-    """HTML and text: the paper's decimals, or four digits, whichever is less."""
+    """HTML and text: the paper's decimals, or four digits, whichever is less.
+
+    Of what the paper does not have: one decimal of a share, else two digits of what is small.
+    """
     share = words.METRICS.get(cell.metric, "").endswith("%")
+    if not digits and not share and 0 < abs(cell.value) < 0.1:
+        digits = min(4, 1 - math.floor(math.log10(abs(cell.value))))
     digits = digits or (1 if share else 2)
 
     def number(value: float) -> str:

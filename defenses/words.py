@@ -44,6 +44,7 @@ TITLES = {
     "gray": "Every image turned to the same gray",
     "imagenet": "Others' networks, ImageNet",
     "in front": "Preprocessing in front of the network",
+    "lambda": "Two penalties at several λ",
     "layers": "Which layers are tapped",
     "leaderboard": "All defenses on one network",
     "least": "Attacks that look for the least change",

@@ -210,6 +210,7 @@ def test_other_metrics_stand_under_their_attack_with_the_papers_decimals(store: 
         row("SM", "mnist deepfool", 0.2, metric="robustness", table="table3", dataset="mnist"),
         row("SM", "mnist c&w", 3.14159, metric="mean distance", table="ours", dataset="mnist"),
         row("LS", "mnist c&w", 3611.92, metric="mean distance", table="ours", dataset="mnist"),
+        row("CCN", "mnist c&w", 0.00541, metric="mean distance", table="ours", dataset="mnist"),
         row("LS", "mnist c&w", 24.8452, metric="mean distance", table="table11", dataset="mnist"),
     ]
     record(CHAPTER, rows, store)
@@ -224,6 +225,7 @@ def test_other_metrics_stand_under_their_attack_with_the_papers_decimals(store: 
     assert parsed(side_by_side(CHAPTER, "ours", folder=store).html)[1] == {
         "SM": ["3.14"],
         "LS": ["3,612"],
+        "CCN": ["0.0054"],
     }
 
 
