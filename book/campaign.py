@@ -14,6 +14,7 @@ carries the finished rows into `chapters/results`.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from defenses import code, distributed, outcomes, training
+from defenses import code, distributed, outcomes, training, words
 from defenses.results import COLUMNS, KEY, KIND, PROTOCOLS, commit, printed, record
 from defenses.run import Run, read_rows
 
@@ -319,9 +320,16 @@ def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
             record(chapter, [{name: row[name] for name in COLUMNS} for row in rows], CHAPTERS)
             outcomes.store(CHAPTERS / "results" / f"{chapter}.npz", rows)
         merged[chapter] = len(rows)
-        for protocol in ("short", "paper"):  # the better one last
-            for picture in (results / "figures" / f"mnist-{protocol}-0").glob(f"{chapter}-*.png"):
-                shutil.copy2(picture, CHAPTERS / "results" / "figures")
+        shown = (CHAPTERS / f"{chapter}.ipynb").read_text()
+        for dataset, protocol in itertools.product(
+            words.DATA, ("short", "paper")
+        ):  # the better one last
+            suffix = "" if dataset == "mnist" else f"-{dataset}"
+            folder = results / "figures" / f"{dataset}-{protocol}-0"
+            for picture in folder.glob(f"{chapter}-*.png"):
+                name = f"{picture.stem}{suffix}"
+                if f'Picture(CHAPTER, \\"{name.removeprefix(f"{chapter}-")}\\")' in shown:
+                    shutil.copy2(picture, CHAPTERS / "results" / "figures" / f"{name}.png")
     return merged
 
 

@@ -313,11 +313,15 @@ def feature_noise(model: nn.Sequential, x: Tensor, x_adv: Tensor) -> dict[str, T
     Returns
     -------
     dict of Tensor
-        By the layer's name, in order; (N,) each.
+        By the layer's name, in order; (N,) each. Of a block with an ``operation`` also what is
+        left behind that alone, as ``"NAME.operation"``.
     """
     noise, features, twins = {}, x.clone(), x_adv.clone()
     with attacking(model, x), torch.no_grad():
         for name, layer in model.named_children():
+            if (operation := getattr(layer, "operation", None)) is not None:
+                pair = operation(twins), operation(features)
+                noise[f"{name}.operation"] = relative_norm(*pair)
             features, twins = layer(features), layer(twins)
             noise[name] = relative_norm(twins, features)
     return noise

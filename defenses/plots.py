@@ -159,7 +159,8 @@ def twin_maps(
 
     ``seen`` holds, by the model's name, the maps (1, C, H, W) of both, by title; ``shown`` are the
     titles. Of the C maps the one is drawn that is brightest for the image, on one scale for both;
-    a title that begins with "block" shows the same one as the title before it.
+    a title that begins with "block" shows the same one as the title before it, and an "image" of
+    three channels is drawn in its colors.
     """
     figure, axes = panels(2, len(seen) * len(shown), height=1.15)
     for start, (name, pair) in enumerate(seen.items()):
@@ -167,7 +168,9 @@ def twin_maps(
         for column, title in enumerate(shown, start * len(shown)):
             if not title.startswith("block"):
                 best = int(pair[0][title].mean((0, 2, 3)).argmax())
-            maps = [maps[title][0, best].cpu() for maps in pair]
+            maps = [maps[title][0, best].cpu().numpy() for maps in pair]
+            if title == "image" and len(pair[0][title][0]) == 3:
+                maps = [maps[title][0].permute(1, 2, 0).cpu().numpy() for maps in pair]
             scale = {"vmin": min(float(m.min()) for m in maps)}
             scale["vmax"] = max(float(m.max()) for m in maps)
             for axis, picture in zip(axes[:, column], maps, strict=True):

@@ -72,6 +72,7 @@ SOURCES = [
         [],
     ),
     ("raise RuntimeError('a cell that only shows')", ["nbval-check-output"]),
+    ('Picture(CHAPTER, "1")\nPicture(CHAPTER, "1-cifar10")', ["remove-input"]),
 ]
 
 
@@ -269,6 +270,13 @@ def test_no_quick_run_replaces_a_picture_of_mnist(toy: Path) -> None:
     assert merged(protocol="paper") == "mnist-paper-0"
     assert merged(protocol="short") == "mnist-paper-0"
     assert [file.name for file in stored.iterdir()] == [f"{CHAPTER}-1.png"]
+    assert merged(protocol="short", dataset="cifar10") == "mnist-paper-0"
+    assert merged(protocol="short", dataset="fashion-mnist") == "mnist-paper-0"  # is not shown
+    assert sorted(f.name for f in stored.iterdir()) == [
+        f"{CHAPTER}-1-cifar10.png",
+        f"{CHAPTER}-1.png",
+    ]
+    assert (stored / f"{CHAPTER}-1-cifar10.png").read_text() == "cifar10-short-0"
 
 
 def test_changed_code_records_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

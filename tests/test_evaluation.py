@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from defenses.attacks import deepfool, fgsm, pgd
+from defenses.attacks.contract import relative_norm
+from defenses.denoising import Denoise
 from defenses.diagnostics import (
     ZeroGradients,
     feature_noise,
@@ -416,6 +418,20 @@ def test_the_noise_behind_a_layer_is_relative_to_the_features() -> None:
     one.data *= 3
     torch.testing.assert_close(feature_noise(model, x, x_adv)["two"], before)
     assert not any(behind.any() for behind in feature_noise(model, x, x).values())
+
+
+def test_the_noise_behind_a_blocks_operation_is_looked_at_alone() -> None:
+    block = Denoise(2, lambda maps: maps.mean((2, 3), keepdim=True).expand_as(maps)).eval()
+    nn.init.ones_(block.norm.weight)
+    x = torch.rand(3, 2, 4, 4) / 4 + 0.25
+    x_adv = x.clone()
+    x_adv[:, :, ::2] += 0.1  # the mean sees the half of it
+    noise = feature_noise(nn.Sequential(OrderedDict(block=block)), x, x_adv)
+    assert [*noise] == ["block.operation", "block"]
+    means = x.mean((2, 3))
+    torch.testing.assert_close(noise["block.operation"], 0.05 * 2**0.5 / means.norm(dim=1))
+    behind = relative_norm(block(x_adv), block(x))
+    torch.testing.assert_close(noise["block"], behind)
 
 
 def test_the_surface_is_the_loss_over_two_directions() -> None:

@@ -1,7 +1,9 @@
 """Figures: one color a defense, letters that a phone can show, legends off the curves."""
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.colors import to_hex
 
 from defenses import plots
@@ -73,3 +75,15 @@ def test_a_heat_map_says_each_number_in_its_place() -> None:
         for ticks in (axis.get_xticklabels(), axis.get_yticklabels())
     ]
     assert names == [["a", "b"], ["reads", "too"]]
+
+
+def test_the_maps_of_twins_are_the_brightest_and_an_image_keeps_its_colors() -> None:
+    image, maps = torch.rand(1, 3, 4, 4), torch.zeros(1, 2, 4, 4)
+    maps[0, 1] = 1  # the brighter one of the clean image
+    clean = {"image": image, "maps 1": maps, "block 1": maps.flip(1)}
+    twin = {"image": 1 - image, "maps 1": 2 * maps, "block 1": maps.flip(1)}
+    figure = plots.twin_maps({"PGD": (clean, twin)}, [*clean])
+    seen = [[axis.images[0].get_array() for axis in row] for row in np.reshape(figure.axes, (2, 3))]
+    assert np.allclose(seen[0][0], image[0].permute(1, 2, 0))
+    assert np.allclose(seen[1][0], 1 - image[0].permute(1, 2, 0))
+    assert [[float(maps.max()) for maps in row[1:]] for row in seen] == [[1, 0], [2, 0]]
