@@ -1,6 +1,7 @@
 """What the store's short keys are called where a reader meets them."""
 
 import re
+from fractions import Fraction
 
 DATA = {
     "mnist": "MNIST",
@@ -33,7 +34,7 @@ TITLES = {
     "bounded": "Attacks inside one box",
     "boundary": "Norm, margin and first-order distance",
     "broken by": "What broke the images first",
-    "cifar": "Others' networks, CIFAR-10",
+    "cifar": "Adversarial training",
     "costs": "What training costs",
     "deepfool": "DeepFool with more steps",
     "distance": "Distances that attacks find",
@@ -42,7 +43,7 @@ TITLES = {
     "figure1": "Figure 1, FGSM",
     "figure2": "Figure 2, JSMA",
     "gray": "Every image turned to the same gray",
-    "imagenet": "Others' networks, ImageNet",
+    "imagenet": "Others' networks",
     "in front": "Preprocessing in front of the network",
     "lambda": "Two penalties at several λ",
     "layers": "Which layers are tapped",
@@ -166,8 +167,10 @@ def column(key: str) -> tuple[str, str, str]:
     return DATA.get(data, data), row(re.sub(r"(\d)x(\d)", r"\1 × \2", name)), size
 
 
-def rank(key: str) -> tuple[str, int, str, str]:
+def rank(key: str) -> tuple[str, int, str, str, float]:
     """Sorts columns of a table of our own: by data set, the strongest attack first, by size."""
     data, name, size = column(key)
     names = [*COLUMNS.values()]
-    return data, names.index(name) if name in names else len(names), name, size
+    what, number = re.fullmatch(r"(.*?)([\d.]+(?:/\d+)?)?", size).groups()  # type: ignore[union-attr]
+    place = names.index(name) if name in names else len(names)
+    return data, place, name, what, float(Fraction(number or 0))

@@ -321,6 +321,13 @@ def test_whom_the_paper_calls_ours_has_a_name() -> None:
     assert words.row("hours") == "hours"
 
 
+def test_columns_stand_by_strength_and_then_by_size() -> None:
+    sizes = ["2/255", "0.0157", "8/255", "16/255"]
+    columns = [f"cifar10 {kind} {size}" for kind in ("autoattack", "pgd") for size in sizes]
+    columns += ["mnist c&w 0.1", "mnist c&w 1.0", "mnist c&w 10.0"]
+    assert sorted(reversed(columns), key=words.rank) == columns
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_no_store_key_is_left_over(file: Path) -> None:
     """No underscore and no `100x5` in what a reader sees; no two columns with one head."""
