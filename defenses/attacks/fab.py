@@ -15,7 +15,7 @@ from .norms import check_norm, per_image, size
 
 ALPHA_MAX = 0.1  # the strongest pull towards the original image
 ETA = 1.05  # overshoot beyond the linearized boundary
-BETA = 0.9  # after a success, go back this share of the way
+BETA = 0.9  # after a success, this share of the way is left
 
 
 def fab(
