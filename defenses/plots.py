@@ -222,6 +222,8 @@ def spectra(models: Mapping[str, nn.Module], layers: Sequence[str], most: int = 
             values = torch.linalg.svdvals(weight)[:most]
             lines[name] = (range(1, len(values) + 1), values / values[0])
         curves(axis, lines, title=layer, markersize=0)
+    for axis in axes.flat[len(layers) :]:
+        axis.axis("off")
     legend(figure)
     figure.supxlabel("singular value, by rank", fontsize=10)
     figure.supylabel("size, relative to the first", fontsize=10)

@@ -128,12 +128,16 @@ SHORT = {
 # What the number behind an attack is; ε where nothing else is said.
 SIZES = {
     "after": "{}",
+    "block": "{}",
     "c&w": "c = {}",
     "deepfool": "steps {}",
     "epoch": "{}",
     "jsma": "θ = {}",
     "l2": "radius {}",
+    "maps": "{}",
+    "operation": "{}",
     "restarts": "{}",
+    "stage": "{}",
     "step": "{}",
     "steps": "{}",
 }

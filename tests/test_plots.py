@@ -87,3 +87,11 @@ def test_the_maps_of_twins_are_the_brightest_and_an_image_keeps_its_colors() -> 
     assert np.allclose(seen[0][0], image[0].permute(1, 2, 0))
     assert np.allclose(seen[1][0], 1 - image[0].permute(1, 2, 0))
     assert [[float(maps.max()) for maps in row[1:]] for row in seen] == [[1, 0], [2, 0]]
+
+
+def test_spectra_leave_no_empty_axes() -> None:
+    layers = {name: torch.nn.Linear(3, 3) for name in "abcd"}
+    figure = plots.spectra({"SM": torch.nn.ModuleDict(layers)}, [*layers])
+    assert [axis.axison for axis in figure.axes] == [True] * 4 + [False] * 2
+    curve = figure.axes[0].lines[0].get_ydata()
+    assert curve[0] == 1 and len(curve) == 3 and list(curve) == sorted(curve, reverse=True)
