@@ -320,10 +320,9 @@ def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
             record(chapter, [{name: row[name] for name in COLUMNS} for row in rows], CHAPTERS)
             outcomes.store(CHAPTERS / "results" / f"{chapter}.npz", rows)
         merged[chapter] = len(rows)
-        shown = (CHAPTERS / f"{chapter}.ipynb").read_text()
-        for dataset, protocol in itertools.product(
-            words.DATA, ("short", "paper")
-        ):  # the better one last
+        shown = (CHAPTERS / f"{chapter}.ipynb").read_text(encoding="utf-8")
+        better_last = itertools.product(words.DATA, ("short", "paper"))
+        for dataset, protocol in better_last:
             suffix = "" if dataset == "mnist" else f"-{dataset}"
             folder = results / "figures" / f"{dataset}-{protocol}-0"
             for picture in folder.glob(f"{chapter}-*.png"):
