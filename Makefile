@@ -24,7 +24,7 @@ bench: .venv/.test
 	@$(BIN)/python -m pytest tests/benchmarks --record; status=$$?; \
 	    $(BIN)/python -m book.execute book/performance.ipynb && exit $$status
 
-# Computes what the tables lack, best value first, and goes on where it was killed. For instance:
+# Computes what the folder runs lacks, best value first, and goes on where it was killed. For instance:
 # make results CHAPTERS="batchout attacks" PROTOCOL=short DATASET=mnist SEEDS="0 1" MINUTES=60 JOBS=1
 results: .venv/.sweep
 	@$(BIN)/python -m book.campaign results $(if $(CHAPTERS),--chapters $(CHAPTERS)) \

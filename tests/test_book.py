@@ -4,6 +4,7 @@ The pages are built once from the committed notebooks, read as files, then opene
 Chromium with the network off.
 """
 
+import itertools
 import json
 import os
 import re
@@ -90,6 +91,15 @@ def test_the_rows_behind_a_page_can_be_taken_along(site: Path, path: Path) -> No
     assert [((site / page).parent / str(link)).read_bytes() for link in found] == [
         file.read_bytes() for file in files
     ]
+
+
+def test_every_brace_of_our_style_sheets_is_closed() -> None:
+    sheets = sorted(ROOT.glob("book/static/*.css"))
+    assert sheets
+    for sheet in sheets:  # an open @media keeps all rules behind it from the other media
+        text = sheet.read_text(encoding="utf-8")
+        depths = list(itertools.accumulate({"{": 1, "}": -1}.get(c, 0) for c in text))
+        assert min(depths) == 0 == depths[-1], sheet.name
 
 
 def test_no_style_sheet_loads_from_elsewhere(site: Path) -> None:
