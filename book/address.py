@@ -49,11 +49,6 @@ def texts(root: Path) -> list[Path]:
     return [path for kind in kinds for path in sorted(root.glob(kind))]
 
 
-def spelled_out(text: str) -> list[str]:
-    """Every owner/repository that `text` spells out."""
-    return [match["slug"] for match in SPELLED_OUT.finditer(text)]
-
-
 def fill_in(root: Path) -> list[Path]:
     """Write the address of `_config.yml` wherever another stands; return what changed."""
     address = slug(root)

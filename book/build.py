@@ -132,8 +132,8 @@ def html(source: Path, target: Path) -> None:
 
 def _fingerprint(root: Path, notebook: Path) -> str:
     inputs = [root / notebook, *sorted((root / "defenses").rglob("*.py"))]
-    inputs += sorted((root / "chapters").rglob("*.csv"))
-    inputs += sorted((root / "chapters" / "paper").glob("*.toml"))  # the claims
+    stored = {".csv", ".toml", ".npz", ".png"}  # numbers, claims, images' outcomes, pictures
+    inputs += sorted(p for p in (root / "chapters").rglob("*") if p.suffix in stored)
     inputs += sorted((root / "defenses").rglob("*.npz"))
     digest = hashlib.sha256(f"{platform.python_version()} {version('torch')}".encode())
     for path in inputs:

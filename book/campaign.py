@@ -35,7 +35,7 @@ import matplotlib
 import pandas as pd
 
 from defenses import code, distributed, outcomes, training, words
-from defenses.results import COLUMNS, KEY, KIND, PROTOCOLS, commit, printed, record
+from defenses.results import COLUMNS, KEY, KIND, PROTOCOLS, commit, printed, record, rows_of
 from defenses.run import Run, read_rows
 
 try:
@@ -202,15 +202,28 @@ def plan(chapters: Sequence[str], results: Path, **how: Any) -> pd.DataFrame:
 # Doing it
 
 
-def dirty() -> str:
+def dirty(chapters: Sequence[str]) -> str:
     """Why nothing may be recorded now; "" where the code is that of a commit."""
-    name = commit()
-    if name and not name.endswith("-dirty"):
+    name = commit()  # which leaves notebooks out: they are executed anew without being edited
+    if name and not name.endswith("-dirty") and not any(map(_edited, chapters)):
         return ""
     return (
         "the working tree has changed code: commit it first, so that every number names the code "
         "that made it (or try with --allow-changes: such rows are never merged)"
     )
+
+
+def _edited(chapter: str) -> bool:
+    """Whether the code cells of a chapter's notebook are not those that were committed."""
+
+    def cells(text: str) -> list[str]:
+        found = json.loads(text)["cells"]
+        return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+    file = CHAPTERS / f"{chapter}.ipynb"
+    command = ["git", "-C", str(CHAPTERS), "show", f"HEAD:./{file.name}"]
+    shown = subprocess.run(command, capture_output=True, encoding="utf-8")
+    return not shown.returncode and cells(shown.stdout) != cells(file.read_text(encoding="utf-8"))
 
 
 def one_by_one(todo: pd.DataFrame, options: argparse.Namespace) -> int:
@@ -220,9 +233,9 @@ def one_by_one(todo: pd.DataFrame, options: argparse.Namespace) -> int:
     for place, (unit, flops) in enumerate(zip(todo["unit"], todo["flops"], strict=True), 1):
         elapsed = time.monotonic() - start
         left = f", about {elapsed / done * (total - done) / 60:.0f} min left" if done else ""
-        print(f"[{place}/{len(todo)}] {_title(unit)}{left}", flush=True)
         if options.minutes and elapsed > 60 * options.minutes:
             break
+        print(f"[{place}/{len(todo)}] {_title(unit)}{left}", flush=True)
         failed += _within(_command(unit, options), options, elapsed) not in (0, None)
         done += flops + 1e9
     return failed
@@ -304,9 +317,8 @@ def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
     """
     merged = {}
     for chapter in chapters:
-        now, file = digests(chapter), CHAPTERS / "results" / f"{chapter}.csv"
-        store = pd.read_csv(file, dtype=str, keep_default_na=False) if file.is_file() else None
-        stored = {} if store is None else {_place(row): row for row in store.to_dict("records")}
+        now = digests(chapter)
+        stored = {_place(row): row for row in rows_of(chapter, CHAPTERS).to_dict("records")}
         rows: list[dict[str, Any]] = []
         for file in sorted((results / "rows" / chapter).glob("*.jsonl")):
             newest = {tuple(row[name] for name in KEY): row for row in read_rows(file)}
@@ -316,6 +328,7 @@ def merge(results: Path, chapters: Sequence[str]) -> dict[str, int]:
             old = stored.get(_place(row), {"code": "", "date": ""})
             if row["code"] not in now and (old["code"] in now or old["date"] >= row["date"]):
                 rows.remove(row)
+        rows.sort(key=lambda row: (row["code"] in now, row["date"]))  # of two, the last is kept
         if rows:
             record(chapter, [{name: row[name] for name in COLUMNS} for row in rows], CHAPTERS)
             outcomes.store(CHAPTERS / "results" / f"{chapter}.npz", rows)
@@ -359,8 +372,7 @@ def status(chapters: Sequence[str]) -> pd.DataFrame:
         now = digests(chapter)
         theirs = printed(chapter, CHAPTERS)
         theirs = theirs[~theirs["note"].str.startswith("cited")]
-        file = CHAPTERS / "results" / f"{chapter}.csv"
-        stored = pd.read_csv(file, dtype=str, keep_default_na=False)
+        stored = rows_of(chapter, CHAPTERS)
         stored["changed"] = ~stored["code"].isin(now) & stored["code"].ne("")
         stored["unknown"] = stored["code"].eq("")
         stored["dirty"] = ~stored["commit"].map(_clean)
@@ -427,7 +439,7 @@ def main(words: Sequence[str] | None = None) -> None:
     elif options.verb == "plan":
         todo = plan(options.chapters, options.results, **how)
         print(todo.assign(unit=todo["unit"].map(_title)).to_string(index=False))
-    elif (reason := dirty()) and not options.allow_changes:
+    elif (reason := dirty(options.chapters)) and not options.allow_changes:
         sys.exit(reason)
     elif options.verb == "unit":
         if options.parent:

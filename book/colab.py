@@ -230,7 +230,9 @@ class Book:
 
     def title(self, link: str) -> str:
         """What the page that `link` names is called."""
-        path = next((self.root / "book").glob(f"{PurePosixPath(link).stem}.md"))
+        path = self.root / "book" / f"{PurePosixPath(link).stem}.md"
+        if not path.is_file():
+            raise ValueError(f"[]({link}): a link without words names a page of book/")
         return re.findall("^# (.+)", path.read_text("utf-8"), re.M)[0]
 
     def cite(self, key: str, in_text: bool = False) -> str:

@@ -190,12 +190,6 @@ def write(target: Path) -> None:
     nbformat.write(_clean(jupytext.read(ANSWERS)), answers)
 
 
-def withheld() -> dict[str, str]:
-    """The answers that the pages withhold, by the label of the exercise."""
-    form = r"^### .+ · (ex-\S+)\n((?s:.)+?)(?=^##|\Z)"
-    return dict(re.findall(form, ANSWERS.read_text(encoding="utf-8"), re.M))
-
-
 def exercises() -> str:
     """Tables in MyST: the minutes of all chapters, and of each its exercises with their headers."""
     times = [_row("chapter", "reading", "essential", "worth doing", "extra", "without projects")]

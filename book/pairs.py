@@ -6,6 +6,7 @@ noted in `_build`, or what is committed. Where both were edited, nothing is writ
 Name sides to sync only these: `python -m book.pairs PATH`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -63,12 +64,15 @@ def newer(path: Path, root: Path, noted: str | None) -> Path:
 
 def sync(paths: list[Path], root: Path = ROOT) -> list[str]:
     """Bring each pair into step; return what was refused, one message a pair."""
-    notes, refused = root / NOTES, []
-    noted = json.loads(notes.read_text()) if notes.exists() else {}
+    notes, refused, noted = root / NOTES, [], {}
+    with contextlib.suppress(OSError, ValueError):  # without notes git knows
+        noted = json.loads(notes.read_text(encoding="utf-8"))
     for path in sorted({path.resolve().with_suffix(".md") for path in paths}):
         name = path.relative_to(root).as_posix()
         try:
             sides = [side for suffix in FORMATS if (side := path.with_suffix(suffix)).exists()]
+            if not sides:
+                raise ValueError(f"{name} is not there, nor a notebook of that name")
             if len(sides) == 1 or not in_step(path):
                 winner = sides[0] if len(sides) == 1 else newer(path, root, noted.get(name))
                 for side in sides:  # jupytext takes the later
@@ -76,10 +80,12 @@ def sync(paths: list[Path], root: Path = ROOT) -> list[str]:
                 command = [sys.executable, "-m", "jupytext", "--quiet", "--sync", str(winner)]
                 subprocess.run(command, check=True, cwd=root)
             noted[name] = says(path)
-        except ValueError as error:
+        except (ValueError, subprocess.CalledProcessError) as error:
             refused.append(str(error))
     notes.parent.mkdir(exist_ok=True)
-    notes.write_text(json.dumps(noted, indent=1))
+    written = notes.with_suffix(".tmp")
+    written.write_text(json.dumps(noted, indent=1), encoding="utf-8")
+    written.replace(notes)
     return refused
 
 

@@ -17,6 +17,7 @@ from .yardstick import MARGIN, difference
 ALIKE = 1.0  # percentage points within which two accuracies count as one
 ANSWERS = ["as measured there", "attacked harder"]
 WORDS = {True: "✓ yes", False: "✗ **no**", None: "? open"}
+NUMBER = re.compile(r"\d+(\.\d+)?")
 TEST = re.compile(r"(.+?) (>=|>|<|~) (?:([\d.]+) )?([\w.]+)")
 
 
@@ -55,9 +56,12 @@ class Claim:
         if not (parts := TEST.fullmatch(test)):
             raise ValueError(f"{self.quote!r}: cannot read the test {test!r}")
         left, sign, factor, right = parts.groups()
-        a, b = self.rows[left], self.rows.get(right)
-        if b is None:
-            b = SimpleNamespace(value=float(right), ci_low=float(right), ci_high=float(right))
+        a, b = self.rows.get(left), self.rows.get(right)
+        if b is None and NUMBER.fullmatch(right):
+            b = float(right)
+        if a is None or b is None:
+            known = ", ".join(self.rows)
+            raise ValueError(f"{self.quote!r}: {test!r} names no row; expected two of {known}")
         same = hasattr(b, "seed")  # a number, or what a source prints, has other images
         low, high = difference(a, b, factor=float(factor or 1), among=among, same=same)
         if sign == ">=":
@@ -70,6 +74,8 @@ class Claim:
         """The evidence, with its numbers and how they were measured."""
         texts = {name: Number(row, self.at[name]) for name, row in self.rows.items()}
         ours = [row for row in self.rows.values() if hasattr(row, "seed")]
+        if not ours:
+            raise ValueError(f"{self.quote!r}: no row of `at` was measured")
         n = sorted({int(row.n) for row in ours if row.n > 1 and row.metric != "ratio"})
         how = f"n = {n[0]:,}" + (f" to {n[-1]:,}" if len(n) > 1 else "") + "; " if n else ""
         protocols = ", ".join(dict.fromkeys(f"{row.protocol} on {row.dataset}" for row in ours))

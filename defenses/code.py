@@ -3,7 +3,7 @@
 The code is read, not run. From the cell of a chapter that notes a number the digest follows every
 name: to the cells that bind it, and into `defenses` to the functions, classes and constants that
 bear it, and on to theirs. Comments, docstrings and layout do not count, nor does code that only
-shows (`plots`, `tables`, `prose`) or only says how far it is and goes on from there (`BESIDE`).
+shows or stores (`SHOWING`) or only says how far it is and goes on from there (`BESIDE`).
 """
 
 import ast

@@ -186,7 +186,7 @@ def masking_flags(
         `pgd` at ε = 0.5, where every image can be made one uniform gray.
     chance : float
         Accuracy of guessing, 1/K.
-    zero_gradients : ZeroGradients
+    zero_gradients : ZeroGradients or Share
         From `zero_gradient_share`; raised from 1% of the images on (our choice).
     failures : mapping from a name to Accuracy
         From `attack_failures`; raised where more than 1% of the images have one (our choice).
@@ -210,7 +210,7 @@ def masking_flags(
         flags.append(Flag(sign, at_half.ci[0] > chance, at_half.value, chance))
     if zero_gradients is not None:
         sign = "the input gradient of whole images is exactly zero"
-        flags.append(Flag(sign, zero_gradients.images >= 0.01, zero_gradients.images, 0.01))
+        flags.append(Flag(sign, zero_gradients.value >= 0.01, zero_gradients.value, 0.01))
     for name, share in (failures or {}).items():
         flags.append(
             Flag(f"the attack itself failed: {name}", share.ci[0] > 0.01, share.value, 0.01)

@@ -4,12 +4,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from typing import Any
-
-import pandas as pd
 
 from defenses import words
-from defenses.results import KIND, PROTOCOLS, chapters_folder
+from defenses.results import KIND, PROTOCOLS, chapters_folder, rows_of
 from defenses.tables import Table
 
 WORDS_A_MINUTE = 220
@@ -100,10 +97,8 @@ def of(chapter: str) -> Table:
 
 def runs(chapter: str) -> Iterator[tuple[str, ...]]:
     """What a run at each protocol takes: one seed, all networks; "–" is not measured."""
-    folder = chapters_folder(chapter) / "results"
-    read: dict[str, Any] = {"dtype": {"seed": str}, "keep_default_na": False}
-    stored = pd.read_csv(folder / f"{chapter}.csv", **read)
-    costs = pd.read_csv(folder / "performance.csv", **read)
+    numbers = {"value": float, "seconds": float}
+    stored, costs = (rows_of(name).astype(numbers) for name in (chapter, "performance"))
     costs = costs[costs["table"].str.startswith("chapter ") & costs["row"].eq(chapter)]
     tflop = costs[costs["metric"] == "TFLOP"].set_index("protocol")["value"]
     for protocol in reversed(PROTOCOLS):

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from defenses.evaluation import Accuracy, Robustness, Share
-from defenses.results import KEY, chapters_folder, version
+from defenses.results import KEY, chapters_folder, locked, rows_of, version
 
 IDENTITY = [*KEY, "protocol", "dataset", "seed"]  # what names a row of the store
 Outcome = Accuracy | Robustness | Share
@@ -51,7 +50,15 @@ def from_json(packed: Mapping[str, Any]) -> Outcome:
 
 
 def store(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add the packed outcomes of `rows` of a run to `file`, one for each row of the store."""
+    """Add the packed outcomes of `rows` of a run to `file`, one for each row of the store.
+
+    A row without one takes away that of the row which it replaces.
+    """
+    with locked(file.parent):
+        _store(file, rows)
+
+
+def _store(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     kept = {_name(identity): array for identity, array in load(file).items()}
     for row in rows:
         outcome = row["outcome"]
@@ -60,6 +67,8 @@ def store(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             kept[name] = np.unpackbits(_array(outcome["bits"], "u1"), count=row["n"]).astype(bool)
         elif "sizes" in outcome:
             kept[name] = _array(outcome["sizes"], "<f2")
+        else:
+            kept.pop(name, None)
     if not kept:
         return
     names = sorted(kept)
@@ -124,11 +133,10 @@ def stored(
     """
     place = {"table": table, "row": row, "column": column, "metric": metric}
     place |= {"protocol": protocol, "dataset": dataset}
-    file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
-    rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    rows = rows_of(chapter, folder)
     for name, wanted in place.items():
         rows = rows[rows[name] == wanted]
-    kept = load(file.with_suffix(".npz"))
+    kept = load(chapters_folder(chapter, folder) / "results" / f"{chapter}.npz")
     found = {}
     for seed, images in zip(rows["seed"], rows["images"], strict=True):
         correct = kept.get((*place.values(), seed))

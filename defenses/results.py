@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 import torch
 
+from defenses import words
 from defenses.evaluation import seed_interval
 
 try:
@@ -80,9 +81,9 @@ def measure(
         A torch device is written as the hardware's name, any other text as it is.
     seconds : float
     images : str
-        A digest of the images and labels (`evaluation.digest`); "" where it is not known.
+        A digest of the images and labels (`data.digest`); "" where it is not known.
     code : str
-        A digest of the code that the number depends on (`book.code.digest`); likewise.
+        A digest of the code that the number depends on (`code.digest`); likewise.
 
     Raises
     ------
@@ -104,7 +105,7 @@ def measure(
 
 
 def record(chapter: str, rows: Rows, folder: str | Path | None = None) -> None:
-    """Merge measurements into `results/CHAPTER.csv`; a newer one replaces an older one.
+    """Merge measurements into `results/CHAPTER.csv`; a later one replaces an earlier one.
 
     One replaces another when place, protocol, data set and seed agree. A row that is a mean over
     several seeds, as older ones are, goes when as many single seeds are there. The file is replaced
@@ -114,7 +115,7 @@ def record(chapter: str, rows: Rows, folder: str | Path | None = None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     new = _frame(rows)
     new[NUMBERS] = new[NUMBERS].map(lambda number: "" if math.isnan(number) else f"{number:.10g}")
-    with _locked(file.parent):
+    with locked(file.parent):
         merged = pd.concat([_read(file, COLUMNS), new])
         merged = merged.drop_duplicates([*KIND, "seed"], keep="last").sort_values([*KIND, "seed"])
         several = merged["seed"].str.count(" ")
@@ -206,8 +207,7 @@ def row_at(
     """
     place = (table, row, column, metric)
     if seeds:
-        file = chapters_folder(chapter, folder) / "results" / f"{chapter}.csv"
-        found = _at(_frame(_read(file, COLUMNS)), *place)
+        found = _at(_frame(rows_of(chapter, folder)), *place)
         found = _of_seeds(found[found["seed"].isin(seeds)])
     else:
         found = _at(_measured(chapter, measured, folder), *place)
@@ -281,11 +281,16 @@ def _best(
     frame = frame.merge(own, on=KEY, how="left").fillna({"own": ""})
 
     def order(row: Any) -> tuple[bool, int, bool]:
-        stand_in = row.dataset == "digits" or not row.dataset.startswith(row.own)
+        stand_in = row.dataset == "digits" or not is_own(row.dataset, row.own)
         return stand_in, PROTOCOLS.index(row.protocol), row.dataset != row.own
 
     frame = frame.assign(order=[order(row) for row in frame.itertuples()])
     return frame.sort_values("order", kind="stable").drop_duplicates(KEY).drop(columns="order")
+
+
+def is_own(dataset: str, own: str) -> bool:
+    """Whether images are those of the paper or a copy of them, as `cifar10-jpeg` of `cifar10`."""
+    return own in ("", dataset) or dataset.startswith(f"{own}-")
 
 
 def version(file: Path) -> tuple[int, ...]:
@@ -323,7 +328,7 @@ def _mean(rows: pd.DataFrame) -> pd.DataFrame:
     if len(singles) == 1:
         return singles
     mean, one = singles.tail(1).copy(), singles.iloc[-1]
-    limits = (0.0, 100.0) if one["metric"] == "accuracy" else (-math.inf, math.inf)
+    limits = (0.0, 100.0) if words.is_percent(one["metric"]) else (-math.inf, math.inf)
     intervals = [*zip(singles["ci_low"], singles["ci_high"], strict=True)]
     low, high = seed_interval(singles["value"].tolist(), intervals)
     mean["value"], mean["n"] = statistics.fmean(singles["value"]), round(singles["n"].mean())
@@ -332,6 +337,17 @@ def _mean(rows: pd.DataFrame) -> pd.DataFrame:
     for name in ("device", "versions", "commit", "date", "images", "code"):
         mean[name] = "; ".join(dict.fromkeys(singles[name]))
     return mean
+
+
+def rows_of(chapter: str, folder: str | Path | None = None) -> pd.DataFrame:
+    """The stored rows of a chapter as text, with the columns `COLUMNS`; none where none are stored.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or of other columns.
+    """
+    return _read(chapters_folder(chapter, folder) / "results" / f"{chapter}.csv", COLUMNS)
 
 
 def chapters_folder(chapter: str, folder: str | Path | None = None) -> Path:
@@ -382,7 +398,8 @@ def _frame(rows: Rows) -> pd.DataFrame:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Wait for whoever is inside with the same `folder`."""
     if fcntl is None:
         yield
         return

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from defenses import words
-from defenses.results import KEY, best, printed
+from defenses.results import KEY, best, is_own, printed
 from defenses.run import Run
 
 
@@ -83,7 +83,7 @@ def side_by_side(
 
     measured = cells[cells["value"].notna()]
     if live and len(measured):
-        same = [data.startswith(their) for data, their in measured[["dataset", "own"]].to_numpy()]
+        same = [is_own(*two) for two in measured[["dataset", "own"]].to_numpy()]
         cells = measured = measured.assign(printed=measured["printed"].where(same, ""))
         rows = [row for row in rows if row in {*cells["row"]}]
         columns = [column for column in columns if column in {*cells["column"]}]
@@ -135,7 +135,7 @@ def _cell(cell: Any, digits: int, marks: Mapping[tuple[str, str], str]) -> tuple
 
     Of what the paper does not have: one decimal of a share, else two digits of what is small.
     """
-    share = words.METRICS.get(cell.metric, "").endswith("%")
+    share = words.is_percent(cell.metric)
     if not digits and not share and 0 < abs(cell.value) < 0.1:
         digits = min(4, 1 - math.floor(math.log10(abs(cell.value))))
     digits = digits or (1 if share else 2)

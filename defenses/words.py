@@ -24,6 +24,12 @@ METRICS = {
     "l0": "pixels changed",
 }
 
+
+def is_percent(metric: str) -> bool:
+    """Whether a metric is a share of something, and so between 0 and 100."""
+    return METRICS.get(metric, "").endswith("%")
+
+
 # Tables that are not the paper's; one without an entry is called as its key is.
 TITLES = {
     "adaptive": "Attacks on the joint loss",

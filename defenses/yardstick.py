@@ -62,12 +62,13 @@ def difference(
     """The interval of ``a - factor * b`` at 99%, for one of `among` comparisons (Bonferroni).
 
     `a` and `b` are rows, as `results.row_at` returns them: a value with its 95% interval, which is
-    widened as that of a normal error or, over several seeds, as Welch's; `b` may be a bare number.
-    Where their seeds differ, the rows of those seeds count that both have (older means, which
-    cannot be parted, count as they are). Where it is stored which images were right, the two errors
-    go together as they do on these images (Newcombe, 1998, method 10), and nothing is decided that
-    the exact paired test does not decide; of several seeds, the interval holds that of each.
-    Elsewhere the errors are taken for independent, which is on the safe side, but for a row at 0%.
+    widened as that of a normal error or, over several seeds, as Welch's; with ``same=False`` `b`
+    may be a number. Where their seeds differ, the rows of those seeds count that both have (older
+    means, which cannot be parted, count as they are). Where it is stored which images were right,
+    the two errors go together as they do on these images (Newcombe, 1998, method 10), and nothing
+    is decided that the exact paired test does not decide; of several seeds, the interval holds that
+    of each. Elsewhere the errors are taken for independent, which is on the safe side, but for a
+    row at 0%.
 
     Raises
     ------
@@ -76,6 +77,8 @@ def difference(
         common. (Older rows do not name their images; for those the same n has to do.)
     """
     each: list[tuple[float, float]] = []
+    if isinstance(b, int | float):
+        b = SimpleNamespace(value=float(b), ci_low=float(b), ci_high=float(b))
     if same:
         a, b = _alike(a, b)
         each = [_of_pair(*pair, factor, among) for pair in _pairs(a, b)]

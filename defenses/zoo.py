@@ -48,7 +48,11 @@ def weights(name: str, data: str = "mnist") -> dict[str, Tensor]:
     FileNotFoundError
         The file is not there.
     """
-    read = {key: torch.from_numpy(array) for key, array in arrays(path(name, data)).items()}
+    file = path(name, data)
+    if file == path("images", data):
+        known = ", ".join(map(repr, NAMES[data]))
+        raise ValueError(f"no network {name!r} trained on {data}: expected one of {known}")
+    read = {key: torch.from_numpy(array) for key, array in arrays(file).items()}
     return {
         key: value.float() * read.get(f"{key} scale", 1)
         for key, value in read.items()

@@ -286,6 +286,44 @@ def test_changed_code_records_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch
     assert not (toy / "runs").exists()
 
 
+def test_a_notebook_edited_behind_the_commit_records_nothing(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`commit` leaves notebooks out, whose outputs change; a changed cell is changed code."""
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init"], ["add", "."], ["commit", "-m", "toy"]):
+        subprocess.run(["git", *who, *words], cwd=toy, check=True, capture_output=True)
+    monkeypatch.setattr(campaign, "commit", lambda: "abc1234")
+    notebook = toy / "chapters" / f"{CHAPTER}.ipynb"
+    content = nbformat.read(notebook, as_version=4)
+    content.cells[0].outputs = [nbformat.v4.new_output("stream", text="run anew")]
+    nbformat.write(content, notebook)
+    assert campaign.dirty([CHAPTER]) == ""
+    content.cells[3].source = content.cells[3].source.replace("epochs=4", "epochs=5")
+    nbformat.write(content, notebook)
+    assert "commit it first" in campaign.dirty([CHAPTER])
+
+
+def test_of_two_files_the_row_of_the_code_as_it_is_is_kept(toy: Path) -> None:
+    results = toy / "runs"
+    campaign.do(unit("SM"), results)
+    file = unit("SM").run(results).file
+    row = read_rows(file)[0] | {"protocol": "short", "commit": "abc1234"}
+    old = row | {"code": "other", "value": 0.0, "date": "2020-01-01"}
+    old |= {"ci_low": 0.0, "ci_high": 0.0}
+    file.write_text(json.dumps(row) + "\n")
+    file.with_name("z.jsonl").write_text(json.dumps(old) + "\n")  # the last by its name
+    for _ in range(2):
+        campaign.merge(results, [CHAPTER])
+        (stored,) = campaign.rows_of(CHAPTER, toy / "chapters")["value"]
+        assert float(stored) == pytest.approx(row["value"]) and row["value"] > 0
+
+
+def test_a_chapter_without_a_row_has_a_status(toy: Path) -> None:
+    frame = campaign.status([CHAPTER])
+    assert len(frame) > 5 and frame["filled"].sum() == 0
+
+
 def test_an_unknown_parameter_is_an_error(toy: Path) -> None:
     with pytest.raises(ValueError, match=r"no parameter \['epochs'\]"):
         campaign.execute(toy / "chapters" / f"{CHAPTER}.ipynb", {"epochs": 3})

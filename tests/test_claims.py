@@ -113,6 +113,17 @@ def test_what_cannot_be_compared_or_read_is_refused(shelf: Path) -> None:
     with pytest.raises(ValueError, match="nobody has measured toy / t / nobody / x"):
         claim(nobody="t / nobody / x").answer(["nobody > 5"])
     claim().answer(["few >= printed"])  # a height may be asked of other images
+    for test in ("aa > b", "a > bb"):
+        with pytest.raises(ValueError, match=rf"'{test}' names no row; expected two of a, same"):
+            claim().answer([test])
+    with pytest.raises(ValueError, match="no row of `at` was measured"):
+        claims.Claim("toy", "q", "here", "there", {"c": "paper: t / a / x"}, "{c}").sentence()
+
+
+def test_a_number_may_stand_for_a_row() -> None:
+    row = SimpleNamespace(value=91.0, ci_low=90.0, ci_high=92.0)
+    low, high = difference(row, 90, same=False)
+    assert 1 - low == pytest.approx(high - 1) and low < 0 < 2 < high
 
 
 def kept(folder: Path, name: str, seed: int, right: Accuracy) -> None:

@@ -321,3 +321,8 @@ def test_set_up_and_parameters_are_always_kept() -> None:
     kept = needed.needed(cells, [nbformat.v4.new_code_cell("a")])
     assert [cell.source for cell in kept] == ["s = 1", "a = 1", "protocol: str = ''"]
     assert [cell.metadata.tags for cell in kept] == [["hide-input"], ["hide-input"], ["parameters"]]
+
+
+def test_a_link_without_words_to_a_chapter_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"\[\]\(batchout.ipynb\): a link without words"):
+        book().title("batchout.ipynb")

@@ -27,6 +27,7 @@ from defenses.diagnostics import (
 from defenses.evaluation import (
     Accuracy,
     Perturbations,
+    Share,
     accuracy_within,
     epsilon_curve,
     evaluate,
@@ -375,6 +376,7 @@ def test_each_flag_compares_its_two_numbers() -> None:
         ({"black_box": low, "margin": high}, (0.3, 0.5)),
         ({"at_half": low, "chance": 0.1}, (0.3, 0.1)),
         ({"zero_gradients": ZeroGradients(0.2, 0.3, 10)}, (0.2, 0.01)),
+        ({"zero_gradients": Share(0.2, 10)}, (0.2, 0.01)),  # as a run reads it back
     ]
     for measured, numbers in cases:
         (flag,) = masking_flags(**measured)

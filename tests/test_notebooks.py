@@ -23,7 +23,7 @@ import pytest
 from jupytext.compare import NotebookDifference, compare_notebooks
 from nbformat import NotebookNode
 
-from book import address, execute
+from book import address, build, execute
 from tests import budget
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +33,11 @@ QUICKEST = "batchout"
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def spelled_out(text: str) -> list[str]:
+    """Every owner/repository that `text` spells out."""
+    return [match["slug"] for match in address.SPELLED_OUT.finditer(text)]
 
 
 def read(path: Path) -> NotebookNode:
@@ -178,7 +183,7 @@ def is_tagged_for_nbval(notebook: NotebookNode) -> None:
 
 
 def has_one_address(path: Path) -> None:
-    found = address.spelled_out(path.read_text())
+    found = spelled_out(path.read_text())
     assert set(found) <= {address.slug(ROOT)}, f"{path.name} spells out {found}: run `make sync`"
 
 
@@ -257,7 +262,7 @@ def test_address(path: Path) -> None:
 
 @every_chapter
 def test_chapter_spells_the_address_out_for_set_up_and_badge(path: Path) -> None:
-    assert len(address.spelled_out(path.read_text())) >= 2
+    assert len(spelled_out(path.read_text())) >= 2
 
 
 @pytest.mark.slow
@@ -525,7 +530,7 @@ def test_other_address_is_caught_and_filled_in(tmp_path: Path) -> None:
     assert {path.name for path in address.fill_in(tmp_path)} == {"a.ipynb", "b.md", "CITATION.cff"}
     written = "".join(path.read_text() for path in address.texts(tmp_path))
     assert "old/place" not in written
-    assert address.spelled_out(written) == ["new/home"] * 4
+    assert spelled_out(written) == ["new/home"] * 4
     assert address.fill_in(tmp_path) == []
 
 
@@ -533,3 +538,15 @@ def test_unusable_address_is_refused(tmp_path: Path) -> None:
     (tmp_path / "_config.yml").write_text("repository:\n  url: github.com/me\n")
     with pytest.raises(ValueError, match="OWNER/REPOSITORY"):
         address.slug(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["results/k.csv", "results/k.npz", "results/figures/k-1.png"])
+def test_a_page_is_run_again_where_what_it_shows_has_changed(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "chapters" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("old")
+    (tmp_path / "chapters" / "k.ipynb").write_text("{}")
+    before = build._fingerprint(tmp_path, Path("chapters", "k.ipynb"))
+    assert build._fingerprint(tmp_path, Path("chapters", "k.ipynb")) == before
+    file.write_text("new")
+    assert build._fingerprint(tmp_path, Path("chapters", "k.ipynb")) != before

@@ -127,6 +127,18 @@ def test_one_refusal_keeps_no_other_pair_from_its_turn(text: Path) -> None:
     assert "New text" in words(other)
 
 
+def test_a_pair_that_is_not_there_is_refused_by_name(text: Path) -> None:
+    (said,) = sync(text.with_name("nosuch.md"))
+    assert "chapters/nosuch.md is not there" in said
+
+
+def test_damaged_notes_keep_no_pair_from_its_turn(text: Path) -> None:
+    assert sync(text) == []
+    (text.parent.parent / pairs.NOTES).write_text('{"chapters/k.md": "1')
+    edited(text, "Old", "New")
+    assert sync(text) == [] and "New text" in words(text.with_suffix(".md"))
+
+
 def runs(text: Path, source: str) -> list[str]:
     """What `book.execute` refuses of the pair whose only cell is this."""
     for suffix in (".md", ".ipynb"):

@@ -83,7 +83,8 @@ def test_the_maps_of_twins_are_the_brightest_and_an_image_keeps_its_colors() -> 
     clean = {"image": image, "maps 1": maps, "block 1": maps.flip(1)}
     twin = {"image": 1 - image, "maps 1": 2 * maps, "block 1": maps.flip(1)}
     figure = plots.twin_maps({"PGD": (clean, twin)}, [*clean])
-    seen = [[axis.images[0].get_array() for axis in row] for row in np.reshape(figure.axes, (2, 3))]
+    rows = figure.axes[:3], figure.axes[3:]
+    seen = [[np.asarray(axis.images[0].get_array()) for axis in row] for row in rows]
     assert np.allclose(seen[0][0], image[0].permute(1, 2, 0))
     assert np.allclose(seen[1][0], 1 - image[0].permute(1, 2, 0))
     assert [[float(maps.max()) for maps in row[1:]] for row in seen] == [[1, 0], [2, 0]]
@@ -93,5 +94,5 @@ def test_spectra_leave_no_empty_axes() -> None:
     layers = {name: torch.nn.Linear(3, 3) for name in "abcd"}
     figure = plots.spectra({"SM": torch.nn.ModuleDict(layers)}, [*layers])
     assert [axis.axison for axis in figure.axes] == [True] * 4 + [False] * 2
-    curve = figure.axes[0].lines[0].get_ydata()
-    assert curve[0] == 1 and len(curve) == 3 and list(curve) == sorted(curve, reverse=True)
+    curve = np.asarray(figure.axes[0].lines[0].get_ydata()).tolist()
+    assert curve[0] == 1 and len(curve) == 3 and curve == sorted(curve, reverse=True)

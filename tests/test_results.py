@@ -539,6 +539,27 @@ def test_of_two_of_a_kind_the_later_is_taken(store: Path) -> None:
     assert best(CHAPTER, rows, folder=store)["value"].tolist() == [2.0]
 
 
+@pytest.mark.parametrize(
+    ("dataset", "own", "expected"),
+    [
+        ("cifar10", "cifar10", True),
+        ("cifar10-jpeg", "cifar10", True),
+        ("cifar100", "cifar10", False),
+        ("imagenet64", "imagenet", False),
+        ("digits", "", True),
+    ],
+)
+def test_another_data_set_is_no_copy(dataset: str, own: str, expected: bool) -> None:
+    assert results.is_own(dataset, own) == expected
+
+
+def test_where_nothing_is_stored_there_are_no_rows(store: Path) -> None:
+    assert len(results.rows_of(CHAPTER, store)) == 0
+    record(CHAPTER, [row()], store)
+    assert list(results.rows_of(CHAPTER, store)) == COLUMNS
+    assert results.rows_of(CHAPTER, store)["seed"].tolist() == ["0"]
+
+
 def test_what_is_stored_anew_is_read_anew(store: Path) -> None:
     for v in (10.0, 20.0, 30.0):
         record(CHAPTER, [row(value=v)], store)
@@ -577,6 +598,14 @@ def test_the_mean_of_an_accuracy_stays_within_bounds(store: Path) -> None:
     for r in rows:
         r["metric"] = "mean distance"
     assert best(CHAPTER, rows, folder=store)["ci_high"].tolist()[0] > 100
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "share", "fooled", "success probability"])
+def test_the_mean_of_shares_stays_within_bounds(store: Path, metric: str) -> None:
+    for values in ((100.0, 99.0), (0.0, 1.0)):
+        rows = [row(value=v, ci=(v, v), seed=s, metric=metric) for s, v in enumerate(values)]
+        (got,) = best(CHAPTER, rows, folder=store).to_dict("records")
+        assert 0 <= got["ci_low"] < min(values) + 1 and max(values) - 1 < got["ci_high"] <= 100
 
 
 def test_seeds_are_not_mixed_with_other_protocols_or_data(store: Path) -> None:

@@ -58,7 +58,11 @@ def test_case_and_punctuation_of_a_name_do_not_count() -> None:
 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
-    [("TRADES", "mnist", "'TRADES'.*'compact, soft labels'"), ("PGD", "cifar10", "cifar10.*mnist")],
+    [
+        ("TRADES", "mnist", "'TRADES'.*'compact, soft labels'"),
+        ("images", "mnist", "'images'.*'PGD'"),
+        ("PGD", "cifar10", "cifar10.*mnist"),
+    ],
 )
 def test_unknown_network_names_those_there_are(name: str, data: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
