@@ -19,7 +19,8 @@ TEXT = Path(__file__).parents[1] / "chapters" / f"{CHAPTER}.md"
 SOFTMAX, OURS, RELEASED = "Softmax", "Ours", "Released loss"
 FGSM, PGD = " + AdvTrain FGSM", " + AdvTrain PGD"
 CONTROL, BOTH = SOFTMAX + PGD, OURS + PGD
-NINE = [kind + how for kind in (SOFTMAX, OURS, RELEASED) for how in ("", FGSM, PGD)]
+ALONE = [SOFTMAX, OURS, RELEASED]
+SEVEN = [kind + how for kind in (SOFTMAX, OURS) for how in ("", FGSM, PGD)] + [RELEASED]
 FIVE = [SOFTMAX, OURS, RELEASED, CONTROL, BOTH]
 TAPS = ["layer3", "layer4", "layer5"]
 
@@ -69,13 +70,13 @@ def within(table: str, row: str, column: str) -> int:
 
 
 def test_more_needs_the_same_images_and_a_difference_that_they_can_show() -> None:
-    for other in (("strong", OURS, "pgd-10 0.1"), ("table2", OURS, "c&w 10")):
+    for other in (("table2", OURS, "clean"), ("table2", OURS, "c&w 10")):
         with pytest.raises(ValueError, match="cannot be compared"):
             more(("strong", OURS, "pgd-100 0.1"), other)
     high, low = ("strong", OURS, "pgd-100 0.1"), ("strong", SOFTMAX, "pgd-100 0.1")
     assert more(high, low) and not more(low, high) and not more(high, high)
     near = ("table9", OURS, "pgd 0.1")
-    assert ours(*near) > ours(*high) and more(near, high) and not more(near, high, 1000)
+    assert ours(*near) > ours(*high) and more(near, high) and not more(near, high, 10**12)
 
 
 def test_tables_2_and_9() -> None:
@@ -93,18 +94,18 @@ def test_tables_2_and_9() -> None:
 def test_where_our_numbers_are_the_papers() -> None:
     cells = [("table9", column) for column in AT_1[1:]] + [("table2", c) for c in AT_3]
     placed = {c: within(table, OURS, c) for table, c in cells}
-    assert {c for c in placed if placed[c] == 0} == {"bim 0.1", "mim 0.1"}
-    assert {c for c in placed if placed[c] == 1} == {"fgsm 0.1", "bim 0.3", "pgd 0.3"}
+    assert {c for c in placed if placed[c] == 0} == {"bim 0.1", "mim 0.1", "bim 0.3"}
+    assert {c for c in placed if placed[c] == 1} == {"fgsm 0.1", "pgd 0.3"}
     assert within("table2", OURS, "black-box fgsm 0.3") == 0
     sent = "black-box fgsm 0.3"
     assert ours("table2", SOFTMAX, sent) > 3 * theirs("table2", SOFTMAX, f"mnist {sent}")
 
 
 def test_carlini_and_wagner() -> None:
-    assert all(ours("table9", n, "c&w 10.0") == 0 for n in NINE if not n.endswith(PGD))
-    assert all(ours("table9", n, "c&w 0.1") > 95 for n in NINE)
+    assert all(ours("table9", n, "c&w 10.0") == 0 for n in ALONE)
+    assert all(ours("table9", n, "c&w 0.1") > 95 for n in SEVEN)
     assert [within("table9", OURS, c) for c in WITH_C] == [0, 0, 1]
-    assert ours("table9", SOFTMAX, "c&w 1.0") == 0 and ours("table9", SOFTMAX, "c&w 0.1") == 100
+    assert ours("table9", SOFTMAX, "c&w 1.0") == 0 and ours("table9", SOFTMAX, "c&w 0.1") > 95
     assert [within("table9", SOFTMAX, c) for c in WITH_C[:2]] == [-1, 1]
 
 
@@ -130,18 +131,17 @@ def test_curves() -> None:
     fgsm, mim, pgd = (ours("figure4", OURS, f"{kind} 0.3") for kind in ("fgsm", "mim", "pgd"))
     assert fgsm > 2 * mim > 4 * pgd
     at_end = {
-        k: [ours("figure4", n, f"{k} 0.5") for n in NINE[::3]] for k in ("fgsm", "mim", "pgd")
+        k: [ours("figure4", n, f"{k} 0.5") for n in ALONE] for k in ("fgsm", "mim", "pgd")
     }
-    assert max(at_end["fgsm"]) < 15 and max(at_end["mim"] + at_end["pgd"]) == 0
+    assert max(at_end["fgsm"]) < 100 / 6 and max(at_end["mim"] + at_end["pgd"]) < 0.5
 
 
 def test_other_peoples_images() -> None:
     sent = [f"black-box {column}" for column in (*AT_3, "c&w 10")]
     assert told(OURS, SOFTMAX, "table2", sent) == told(SOFTMAX, OURS, "table2", sent) == []
-    assert all(told(n, OURS, "table2", sent[:4]) for n in NINE if FGSM in n or PGD in n)
-    most = {c: ours("table2", OURS, c) * 500 / 300 for c in AT_3}  # of the first 300 of 500
-    beyond = [ours("table2", OURS, f"black-box {c}") > most[c] for c in AT_3]
-    assert beyond == [False, True, True, True]
+    assert all(told(n, OURS, "table2", sent[:4]) for n in SEVEN if FGSM in n or PGD in n)
+    white = [(("table2", OURS, f"black-box {c}"), ("table2", OURS, c)) for c in AT_3]
+    assert [more(*two, 4) for two in white] == [False, True, True, True]
     assert 70 < ours("transfer", OURS, "crafted on VGG-19") < 80
     assert 20 < ours("transfer", OURS, f"crafted on {SOFTMAX}") < 30
 
@@ -152,8 +152,8 @@ def test_losses_of_the_attack() -> None:
         (name, loss, e): ("losses", name, f"{loss} {e}")
         for name, loss, e in product((OURS, RELEASED, BOTH), losses, ("0.1", "0.15", "0.2"))
     }
-    every_two = [*combinations(losses, 2)]
-    assert not any(apart(at[OURS, a, "0.1"], at[OURS, b, "0.1"], 10) for a, b in every_two)
+    small = [ours(*at[OURS, k, "0.1"]) for k in losses]
+    assert max(small) - min(small) < 5
     assert ours("losses", OURS, "all 0.2") < min(ours(*at[OURS, k, "0.2"]) for k in losses)
     both = [(at[n, "textbook", e], at[n, "exact", e]) for n, k, e in at if k == "exact"]
     assert len(both) == 9 and not any(apart(*two, 9) for two in both)
@@ -178,8 +178,10 @@ def test_the_other_rule() -> None:
     def two(tap: str, e: str) -> tuple[Place, Place]:
         return ("losses", OURS, f"margin {e}"), ("nearest", OURS, f"{tap} pgd {e}")
 
-    assert not any(apart(*two(tap, "0.1"), 6) for tap in TAPS)
-    assert not apart(*two("layer5", "0.2"), 6) and more(*two("layer3", "0.2"), 6)
+    assert not apart(*two("layer5", "0.1"), 6)
+    assert all(more(*two(tap, "0.1"), 6) for tap in TAPS[:2])
+    assert all(more(*two(tap, "0.2"), 6) for tap in TAPS)
+    assert min(TAPS, key=lambda tap: ours(*two(tap, "0.2")[1])) == "layer3"
     assert min(ours("nearest", OURS, f"{tap} clean") for tap in TAPS) > 99
 
 
@@ -219,7 +221,7 @@ def test_gap_and_reach() -> None:
         assert 0.7 < times("reach", tap, e) / times("gap", tap, e) < 1.5
     assert times("gap", "layer3") > 10
     assert [against("ratio", tap, 0.1) for tap in TAPS] == [1, 0, 1]
-    assert [against("ratio", tap, 0.3) for tap in TAPS] == [1, -1, -1]
+    assert [against("ratio", tap, 0.3) for tap in TAPS] == [1, -1, 0]
     for tap in TAPS:
         ratio = {name: ours(*size(name, "ratio", tap)) for name in FIVE}
         assert ratio[RELEASED] < ratio[SOFTMAX] < ratio[OURS] and ratio[BOTH] == max(ratio.values())
@@ -240,10 +242,12 @@ def test_longer_attacks() -> None:
     assert more(*at("pgd-100 0.1", OURS, SOFTMAX), 2) and more(
         *at("pgd-100 0.1", SOFTMAX, RELEASED)
     )
-    assert not more(*at("autoattack 0.1", OURS, SOFTMAX))
-    assert all(ours("strong", n, f"autoattack {e}") == 0 for n in NINE[::3] for e in (0.2, 0.3))
-    assert 0 < ours("table9", OURS, "pgd 0.1") - ours("strong", OURS, "pgd-100 0.1") < 6
-    assert 60 < ours("strong", OURS, "pgd-10 0.2") < 70 and ours("strong", OURS, "pgd-100 0.2") < 20
+    assert more(*at("autoattack 0.1", OURS, SOFTMAX))
+    assert all(ours("strong", n, f"autoattack {e}") == 0 for n in ALONE for e in (0.2, 0.3))
+    by_more = [("strong", OURS, f"{kind} 0.1") for kind in ("pgd-10", "pgd-100", "autoattack")]
+    assert all(more(*two, 2) for two in pairwise(by_more))
+    assert 55 < ours("strong", OURS, "pgd-10 0.2") < 65
+    assert 20 < ours("strong", OURS, "pgd-100 0.2") < 30
     for e in (0.2, 0.3):
         assert all(more(*at(f"autoattack {e}", name, OURS), 4) for name in (CONTROL, BOTH))
     for kind, e in product(("pgd-10", "pgd-100", "autoattack"), (0.1, 0.2, 0.3)):
@@ -274,8 +278,8 @@ def test_rooms_in_the_plane() -> None:
         (name, e): ours("plane", f"{name}, 2-d", f"overlap {e}", "share")
         for name, e in product((SOFTMAX, OURS), (0.05, 0.1, 0.2, 0.3))
     }
-    assert all(0 < shares[OURS, e] < shares[SOFTMAX, e] for e in (0.05, 0.1, 0.2, 0.3))
-    assert shares[OURS, 0.1] < shares[SOFTMAX, 0.1] / 2
+    assert all(0 < shares[OURS, e] <= shares[SOFTMAX, e] for e in (0.05, 0.1, 0.2, 0.3))
+    assert 3.5 < shares[SOFTMAX, 0.1] / shares[OURS, 0.1] < 4.5
     assert min(shares[name, e] for name in (SOFTMAX, OURS) for e in (0.2, 0.3)) > 50
 
 
