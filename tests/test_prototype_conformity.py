@@ -4,7 +4,7 @@ The chapter's own `more` is asked: of the same images, at 99%, for so many quest
 """
 
 from collections.abc import Callable, Sequence
-from itertools import combinations, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
