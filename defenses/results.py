@@ -164,15 +164,18 @@ def value(
     *,
     source: str = "measured",
     measured: Rows | None = None,
+    data: str = "",
     dataset: str | None = None,
     protocol: str | None = None,
     folder: str | Path | None = None,
 ) -> float:
     """Return one number: the best measurement or, with `source="paper"`, what the paper prints.
 
+    `data`, the paper's data set, may be named apart from the column, which begins with it.
     `measured`, `dataset`, `protocol` and `folder` are those of `best`. A number that nobody has
     measured, or that the paper does not print, is a ValueError.
     """
+    column = f"{data} {column}".strip()
     if source not in ("measured", "paper"):
         raise ValueError(f"unknown source {source!r}: expected 'measured' or 'paper'")
     place = (table, row, column, metric)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from scipy.special import bdtr, ndtri, stdtrit
@@ -15,6 +15,7 @@ from .results import KEY, row_at
 
 MARGIN = 5.0  # percentage points: what counts as a difference that matters
 SAME = ("n", "images", "protocol", "dataset")  # what makes two rows comparable
+Place: TypeAlias = tuple[str, ...]  # table, row, column, and the metric where it is no accuracy
 LEVEL = 0.01  # of the paired test, before it is divided by the number of comparisons
 
 
@@ -88,6 +89,19 @@ def difference(
             each = [_interval(_row(of), b, factor, among, 0.0) for of in kept.values()]
     each = each or [_interval(a, b, factor, among, 0.0)]
     return min(low for low, _ in each), max(high for _, high in each)
+
+
+def above(chapter: str, high: Place, low: Place, among: int = 1, data: str = "") -> bool:
+    """Whether one stored number is larger than another, for one of `among` comparisons.
+
+    `high` and `low` are places, (table, row, column) or with a metric; columns begin with `data`.
+    What `difference` refuses is refused.
+    """
+    rows = [
+        row_at(chapter, table, row, f"{data} {column}".strip(), *metric)
+        for table, row, column, *metric in (high, low)
+    ]
+    return difference(*rows, among=among)[0] > 0
 
 
 def _alike(a: Any, b: Any) -> tuple[Any, Any]:

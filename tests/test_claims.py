@@ -14,7 +14,7 @@ from torch import arange
 from defenses import claims, outcomes, results
 from defenses.evaluation import Accuracy
 from defenses.results import measure, record
-from defenses.yardstick import LEVEL, difference, paired
+from defenses.yardstick import LEVEL, above, difference, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path.stem for path in claims._sources(ROOT / "chapters")]
@@ -83,6 +83,21 @@ def test_an_answer_is_what_its_tests_say(
     tests: list[str], expected: bool | None, shelf: Path
 ) -> None:
     assert claim(*tests).answer(tests) is expected
+
+
+def test_a_stored_number_is_above_another_or_not(shelf: Path) -> None:
+    places = {name: ("t", name, "x") for name in RIGHT}
+    assert above("toy", places["a"], places["b"]) and not above("toy", places["b"], places["a"])
+    assert not above("toy", places["a"], places["same"])
+    assert above("toy", places["a"], (*places["b"], "accuracy"), among=1000)
+    record("toy", [row | {"column": f"mnist {row['column']}"} for row in _rows(shelf)], shelf)
+    assert above("toy", places["a"], places["b"], data="mnist")
+    with pytest.raises(ValueError, match="cannot be compared: n 1000"):
+        above("toy", places["a"], ("t", "few", "x"))
+
+
+def _rows(shelf: Path) -> list[dict[str, Any]]:
+    return [dict(row) for row in results.rows_of("toy", shelf).to_dict("records")]
 
 
 def test_more_tests_ask_for_more(shelf: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from nbformat import NotebookNode
 
 from book import course
-from defenses import effort
+from defenses import effort, results
 from defenses.results import record
 from tests.measurements import row
 
@@ -399,7 +399,7 @@ def test_reading_time_is_that_of_the_prose() -> None:
 def test_what_a_run_takes_comes_from_stored_rows_and_what_was_not_run_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(effort, "chapters_folder", lambda chapter: tmp_path)
+    monkeypatch.setattr(results, "chapters_folder", lambda *_: tmp_path)
     (tmp_path / "paper").mkdir()
     short: dict[str, Any] = {"protocol": "short", "dataset": "mnist"}
     record("toy", [row(seed=seed, seconds=20 * seed, **short) for seed in (1, 2)], tmp_path)

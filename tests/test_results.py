@@ -632,6 +632,8 @@ def test_a_value_comes_from_the_store_from_a_run_or_from_the_paper(store: Path) 
     record(CHAPTER, [row(value=12.5)], store)
     assert value(*place, folder=store) == 12.5
     assert value(*place, folder=store, measured=[row(value=3.0)]) == 3.0
+    there: Any = {"data": "mnist", "folder": store}
+    assert value(*place[:3], "fgsm 0.3", **there) == value(*place, folder=store)
     assert value(*place, folder=store, source="paper") == 31.76
     with pytest.raises(ValueError, match=r"nobody.*'protocol': 'paper'"):
         value(*place, folder=store, protocol="paper")
