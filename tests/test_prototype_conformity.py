@@ -1,18 +1,18 @@
 """What `chapters/prototype_conformity` says in words follows from its stored rows.
 
-The chapter's own `more` is asked: of the same images, at 99%, for so many questions at once.
+Asked of the same images, at 99%, for so many questions at once.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-import jupytext
 import pytest
 
-from defenses.results import KEY, best, printed, row_at, value
-from defenses.yardstick import difference
+from defenses.results import KEY, best, printed, value
+from defenses.yardstick import Place, above
 
 CHAPTER = "prototype_conformity"
 TEXT = Path(__file__).parents[1] / "chapters" / f"{CHAPTER}.md"
@@ -29,24 +29,16 @@ TEN_STEPS = [f"{kind} {e}" for kind in ("bim", "mim", "pgd") for e in ("0.1", "0
 AT_1 = ["clean", "fgsm 0.1", "fgsm 0.2", *TEN_STEPS]
 WITH_C = ["c&w 0.1", "c&w 1.0", "c&w 10.0"]
 
-Place = tuple[str, ...]
+STORE = best(CHAPTER, dataset="mnist").set_index(KEY).sort_index()
+more: Callable[..., bool] = partial(above, CHAPTER, data="mnist")
 
 
-def _of_the_chapter() -> dict[str, Any]:
-    cells = [cell.source for cell in jupytext.read(TEXT).cells if "def more(" in cell.source]
-    assert len(cells) == 1
-    names = {"best": best, "CHAPTER": CHAPTER, "row_at": row_at, "difference": difference}
-    names["KEY"] = KEY
-    exec(cells[0], names)
-    return names
-
-
-CELL = _of_the_chapter()
-more: Callable[..., bool] = CELL["more"]
+def stored(table: str, row: str, column: str, metric: str = "accuracy") -> Any:
+    return STORE.loc[(table, row, f"mnist {column}", metric)]
 
 
 def ours(*place: str) -> float:
-    return float(CELL["stored"](*place)["value"])
+    return float(stored(*place)["value"])
 
 
 def theirs(table: str, row: str, column: str) -> float:
@@ -65,7 +57,7 @@ def apart(one: Place, two: Place, among: int) -> bool:
 
 def within(table: str, row: str, column: str) -> int:
     """-1, 0 or 1: the paper's number lies below, in or above our interval."""
-    cell, paper = CELL["stored"](table, row, column), theirs(table, row, f"mnist {column}")
+    cell, paper = stored(table, row, column), theirs(table, row, f"mnist {column}")
     return int(paper > cell["ci_high"]) - int(paper < cell["ci_low"])
 
 
@@ -130,9 +122,7 @@ def test_curves() -> None:
     assert middle <= {*told(OURS, SOFTMAX, "figure4", columns)}
     fgsm, mim, pgd = (ours("figure4", OURS, f"{kind} 0.3") for kind in ("fgsm", "mim", "pgd"))
     assert fgsm > 2 * mim > 4 * pgd
-    at_end = {
-        k: [ours("figure4", n, f"{k} 0.5") for n in ALONE] for k in ("fgsm", "mim", "pgd")
-    }
+    at_end = {k: [ours("figure4", n, f"{k} 0.5") for n in ALONE] for k in ("fgsm", "mim", "pgd")}
     assert max(at_end["fgsm"]) < 100 / 6 and max(at_end["mim"] + at_end["pgd"]) < 0.5
 
 
@@ -265,7 +255,7 @@ def test_signs_of_masking() -> None:
             assert more(sign["transfer"], sign["pgd"], 14) or name == BOTH
             assert not more(sign["pgd"], sign["transfer"], 14)
         assert ours("masking", name, "at_half") == ours("masking", name, "zero_gradients") == 0
-        square, white = (CELL["stored"]("masking", name, k) for k in ("black_box", "pgd"))
+        square, white = (stored("masking", name, k) for k in ("black_box", "pgd"))
         assert square["ci_high"] > white["ci_low"]
     leads = [("masking", name, "lead", "mean") for name in (SOFTMAX, OURS)]
     assert more(*leads) and ours("masking", OURS, "probability 1") == 0
