@@ -29,7 +29,7 @@ AT_THE_IMAGE = (
 
 
 def adversarial(attack: Attack, share: float = 0.5, loss: Loss = cross_entropy) -> Loss:
-    r"""The mixture :math:`(1 - s)\,L(x, y) + s\,L(x_{adv}, y)` of Goodfellow et al. (2015), Sec. 6.
+    r"""The mix :math:`(1 - s)\,L(x, y) + s\,L(x_{adv}, y)` of Goodfellow et al. (2015), Section 6.
 
     Parameters
     ----------

@@ -214,7 +214,7 @@ def cifar_four_sets(
     fixed_head: bool = False,
     narrow: int = 1,
 ) -> nn.Sequential:
-    """The CIFAR-10 network of Jakubovitz & Giryes (2018), Sec. 4: four sets of two convolutions.
+    """The CIFAR-10 network of Jakubovitz & Giryes (2018), Section 4: four sets of two layers.
 
     (N, 3, 32, 32) to (N, num_classes). A pool and dropout follow each set, two linear layers the
     last. The paper gives no widths and no kernel sizes; ours are the usual ones. ``narrow`` is what
@@ -244,7 +244,7 @@ def with_fixed_head(model: nn.Sequential) -> nn.Sequential:
 def mnist_batchout(
     num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None, narrow: int = 1
 ) -> nn.Sequential:
-    """The MNIST network of Subramanya et al. (2018), Sec. 8.1, which is that of Lasagne's example.
+    """The MNIST network of Subramanya et al. (2018), Section 8.1, that of Lasagne's example.
 
     (N, 1, 28, 28) to (N, num_classes). ``behind`` places modules, such as
     :class:`defenses.batchout.BatchOut`, between the layers C1, C2, F1 and their activations.
@@ -261,7 +261,7 @@ def mnist_batchout(
 def cifar_batchout(
     num_classes: int = 10, behind: Mapping[str, nn.Module] | None = None, narrow: int = 1
 ) -> nn.Sequential:
-    """The CIFAR-10 network of Subramanya et al. (2018), Sec. 8.1: five convolutions, padded by one.
+    """The CIFAR-10 network of Subramanya et al. (2018), Section 8.1: five padded convolutions.
 
     (N, 3, 32, 32) to (N, num_classes). ``behind`` and ``narrow``: as for :func:`mnist_batchout`,
     with the places C1 to C5, F1, F2.
@@ -356,7 +356,7 @@ def resnet_denoising(
     blocks: int = 3,
     denoise: Callable[[int], nn.Module] | None = None,
 ) -> nn.Sequential:
-    """A residual network for small images in the manner of Xie et al. (2019), Sec. 5.
+    """A residual network for small images in the manner of Xie et al. (2019), Section 5.
 
     (N, channels, H, W), H and W at least 8, to (N, num_classes). Four stages ``res2`` to ``res5``
     of bottlenecks, the last three at half the resolution of the one before. ``denoise``, given the

@@ -70,6 +70,7 @@ def _store(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         else:
             kept.pop(name, None)
     if not kept:
+        file.unlink(missing_ok=True)  # its only outcome is gone
         return
     names = sorted(kept)
     lengths = np.array([len(kept[name]) for name in names], "i4")

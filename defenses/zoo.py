@@ -50,8 +50,7 @@ def weights(name: str, data: str = "mnist") -> dict[str, Tensor]:
     """
     file = path(name, data)
     if file == path("images", data):
-        known = ", ".join(map(repr, NAMES[data]))
-        raise ValueError(f"no network {name!r} trained on {data}: expected one of {known}")
+        raise _unknown(name, data)
     read = {key: torch.from_numpy(array) for key, array in arrays(file).items()}
     return {
         key: value.float() * read.get(f"{key} scale", 1)
@@ -76,9 +75,13 @@ def path(name: str, data: str = "mnist") -> Path:
         raise ValueError(f"no networks trained on {data!r}: expected one of {', '.join(NAMES)}")
     files = {_plain(known): f"{data}-{_plain(known)}.npz" for known in (*NAMES[data], "images")}
     if _plain(name) not in files:
-        known = ", ".join(map(repr, NAMES[data]))
-        raise ValueError(f"no network {name!r} trained on {data}: expected one of {known}")
+        raise _unknown(name, data)
     return FOLDER / files[_plain(name)]
+
+
+def _unknown(name: str, data: str) -> ValueError:
+    known = ", ".join(map(repr, NAMES[data]))
+    return ValueError(f"no network {name!r} trained on {data}: expected one of {known}")
 
 
 def rounded(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -399,7 +399,10 @@ def test_the_outcomes_of_a_chapter_are_one_file_without_pickle(tmp_path: Path) -
     bare = read_rows(run.file)[0] | {"outcome": outcomes.to_json(Share(0.5, 4))}
     outcomes.store(file, [bare])  # of the new row nobody knows which images were right
     assert [*outcomes.load(file)] == [("t", "SM", "far", "mean distance", "quick", "digits", "3")]
-    outcomes.store(file, read_rows(run.file)[:1])
+    alone = tmp_path / "b.npz"
+    outcomes.store(alone, read_rows(run.file)[:1])
+    outcomes.store(alone, [bare])  # nor of its only row
+    assert outcomes.load(alone) == {} and not alone.exists()
     assert found["t", "SM", "far", "mean distance", "quick", "digits", "3"].tolist() == [1, 1, 1]
     with np.load(file, allow_pickle=False) as content:
         assert set(content) == {"names", "lengths", "is_bits", "bits", "sizes"}

@@ -27,7 +27,7 @@ class Expectation(nn.Module):
 
 
 def eot(attack: Callable[..., Tensor], samples: int = 20) -> Callable[..., Tensor]:
-    """Any attack against the mean of `samples` draws of the model (Athalye et al., 2018, Sec. 4).
+    """An attack on the mean of `samples` draws of the model (Athalye et al., 2018, Section 4).
 
     ``eot(pgd)(model, x, y, eps=0.3, …)`` follows the gradient of the mean logits and takes for
     fooled what fools their mean. The model must draw in eval mode: that is how attacks see it.
