@@ -19,6 +19,7 @@ SHOWING = {"plots", "tables", "prose", "progress", "results", "run", "code", "ou
 # Decorators, statements, and calls that stand for their first argument: without them the same.
 BESIDE = {("progress", "one_bar"), ("progress", "say"), ("progress", "track")}
 BESIDE.add(("checkpoint", "resumable"))
+BESIDE.add(("layout", "forget_rounded"))  # no stored network was trained inside an autocast
 SHOWN = {"nbval-check-output", "remove-input", "reader"}  # tags of cells that measure nothing
 
 

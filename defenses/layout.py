@@ -54,6 +54,15 @@ def own(function: Callable[..., Any]) -> bool:
     return (getattr(function, "__module__", None) or "").startswith("defenses.")
 
 
+def forget_rounded() -> None:
+    """After a step, drop the rounded weights that an autocast around the training keeps.
+
+    Autocast's cache is emptied where the outermost one ends. In one that is around all of it, every
+    step would see the weights of the first.
+    """
+    torch.clear_autocast_cache()
+
+
 @contextmanager
 def shown(model: nn.Module, optimizer: torch.optim.Optimizer, taken: Taken) -> Iterator[None]:
     """The weights of `model` in the memory format of its images, and afterwards in their own."""

@@ -26,7 +26,7 @@ from defenses.attacks.contract import (
     check_whole,
 )
 from defenses.data import ImageData, batches, digest
-from defenses.layout import check_last_batch, own, shown, taken_by
+from defenses.layout import check_last_batch, forget_rounded, own, shown, taken_by
 from defenses.progress import one_bar, tqdm, track
 from defenses.resume import Resumable
 from defenses.stored import Stored
@@ -322,6 +322,7 @@ def _step(
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
+    forget_rounded()
     return value.detach()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
+from defenses import training
 from defenses.checkpoint import load, save
 from defenses.data import ImageData, crop_and_flip, load_data
 from defenses.models import mnist_compact
@@ -168,6 +169,29 @@ def test_the_loss_of_an_epoch_is_the_mean_over_images() -> None:
             model, digits(), epochs=1, loss=exactly, batch_size=size, optimizer=optimizer
         )
         assert entry["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_an_autocast_around_the_training_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, around: bool
+) -> None:
+    """Its cache would hold the rounded weights of the first step to the end."""
+    rounding = torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(training, "rounded", lambda device: rounding)
+    models, x = [network(), network()], torch.rand(4, 1, 28, 28)
+    models[1].load_state_dict(models[0].state_dict())
+    histories = [fit(models[0], digits(), epochs=3)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        with torch.autocast("cpu", torch.bfloat16):
+            models[1].eval()(x)  # which fills the cache
+        histories.append(fit(models[1], digits(), epochs=3))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = models[1](x)
+    assert_same_weights(*models)
+    first, second = ([entry["loss"] for entry in history] for history in histories)
+    assert first == second
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits, models[0](x))
 
 
 def test_a_seed_fixes_the_weights_bit_for_bit_whatever_the_global_seed() -> None:
