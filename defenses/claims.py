@@ -12,7 +12,7 @@ from typing import Any
 
 from .prose import Prose
 from .results import KEY, chapters_folder, printed, row_at
-from .yardstick import MARGIN, difference
+from .yardstick import MARGIN, difference, over_seeds
 
 ALIKE = 1.0  # percentage points within which two accuracies count as one
 ANSWERS = ["as measured there", "attacked harder"]
@@ -70,10 +70,23 @@ class Claim:
             return _decided(low > -ALIKE and high < ALIKE, high < -ALIKE or low > ALIKE)
         return _decided(low > 0, high < 0) if sign == ">" else _decided(high < 0, low > 0)
 
+    def _compared(self) -> dict[str, Any]:
+        """The rows, those of a test over the seeds that both have."""
+        rows = dict(self.rows)
+        for test in (*self.reproduced, *self.holds):
+            each = {
+                n: {*rows[n].seed.split()} for n in test.split() if hasattr(rows.get(n), "seed")
+            }
+            for name, seeds in each.items():
+                if seeds != (common := set.intersection(*each.values())):
+                    rows[name] = over_seeds(rows[name], common)
+        return rows
+
     def sentence(self) -> str:
         """The evidence, with its numbers and how they were measured."""
-        texts = {name: Number(row, self.at[name]) for name, row in self.rows.items()}
-        ours = [row for row in self.rows.values() if hasattr(row, "seed")]
+        rows = self._compared()
+        texts = {name: Number(row, self.at[name]) for name, row in rows.items()}
+        ours = [row for row in rows.values() if hasattr(row, "seed")]
         if not ours:
             raise ValueError(f"{self.quote!r}: no row of `at` was measured")
         n = sorted({int(row.n) for row in ours if row.n > 1 and row.metric != "ratio"})

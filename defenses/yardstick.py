@@ -110,7 +110,7 @@ def _alike(a: Any, b: Any) -> tuple[Any, Any]:
     if not common:
         raise ValueError(f"two rows that cannot be compared: seed {a.seed} and {b.seed}")
     if a.seed != b.seed:
-        a, b = _of_seeds(a, common), _of_seeds(b, common)
+        a, b = over_seeds(a, common), over_seeds(b, common)
     differ = [name for name in SAME if getattr(a, name) != getattr(b, name)]
     if "images" in differ and not (a.images and b.images):
         differ.remove("images")
@@ -120,7 +120,7 @@ def _alike(a: Any, b: Any) -> tuple[Any, Any]:
     return a, b
 
 
-def _of_seeds(row: Any, seeds: set[str]) -> Any:
+def over_seeds(row: Any, seeds: set[str]) -> Any:
     """The row of some of its seeds; an older mean, which cannot be parted, as it is."""
     try:
         return row_at(row.chapter, *(row[name] for name in KEY), seeds=sorted(seeds))

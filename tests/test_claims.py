@@ -188,6 +188,8 @@ def test_seeds_may_arrive_one_network_at_a_time(shelf: Path) -> None:
         claim().sentence()
         == "88.0% of 94.5% (n = 10 to 1,000; seed 0, of some also 1; short on mnist)"
     )
+    said = claim("a > near").sentence()  # what a test compares is of the seeds that both have
+    assert said.startswith("90.0% of 94.5%")
     kept(shelf, "near", 1, accuracy(872, 1000))  # better than the other: no more in every seed
     low, high = difference(*(claim().rows[name] for name in ("a", "near")))
     assert low < 0 < high == before[1]

@@ -118,7 +118,11 @@ class Progress:
 
 
 def checkpoints(steps: int) -> list[int]:
-    """w_j = ⌈p_j N⌉ with p_0 = 0, p_1 = .22, p_{j+1} = p_j + max(p_j − p_{j−1} − .03, .06)."""
+    """w_j = ⌈p_j N⌉ with p_0 = 0, p_1 = .22, p_{j+1} = p_j + max(p_j − p_{j−1} − .03, .06).
+
+    In whole steps, as in the authors' code: the first wait is ⌊.22 N⌋, each next one ⌊.03 N⌋
+    shorter, but never below ⌊.06 N⌋, and none of the three below 1. At N = 100 that is the same.
+    """
     places, wait = [], max(int(0.22 * steps), 1)
     at, least, shorter = 0, max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
     while (at := at + wait) <= steps:

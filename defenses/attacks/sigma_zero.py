@@ -1,6 +1,6 @@
 """σ-zero, in L0: few pixels, counted by a sum that has a gradient.
 
-Cinà et al. (2024), "σ-zero: Gradient-based optimization of ℓ0-norm adversarial examples", Alg. 1.
+Cinà et al. (2025), "σ-zero: Gradient-based optimization of ℓ0-norm adversarial examples", Alg. 1.
 """
 
 from functools import partial
