@@ -5,7 +5,7 @@ Asked of the same images, at 99%, for so many questions at once.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,10 @@ def test_more_needs_the_same_images_and_a_difference_that_they_can_show() -> Non
 
 def test_tables_2_and_9() -> None:
     assert told(OURS, SOFTMAX, "table2", AT_3) == AT_3
-    assert told(OURS, SOFTMAX, "table9", AT_1) == AT_1
-    assert told(SOFTMAX, RELEASED, "table9", AT_1) == TEN_STEPS
-    assert told(SOFTMAX, RELEASED, "table2", AT_3) == ["fgsm 0.3", "mim 0.3"]
+    assert told(OURS, SOFTMAX, "table9", AT_1) == AT_1[1:]
+    assert told(SOFTMAX, OURS, "table9", ["clean"]) == []
+    assert told(SOFTMAX, RELEASED, "table9", AT_1[1:]) == AT_1[1:]
+    assert told(SOFTMAX, RELEASED, "table2", AT_3) == ["fgsm 0.3"]
     assert told(SOFTMAX, RELEASED, "table9", WITH_C) == []
     for table, columns in (("table2", AT_3), ("table9", AT_1), ("table9", WITH_C)):
         assert told(RELEASED, SOFTMAX, table, columns) == []
@@ -95,23 +96,22 @@ def test_where_our_numbers_are_the_papers() -> None:
 
 def test_carlini_and_wagner() -> None:
     assert all(ours("table9", n, "c&w 10.0") == 0 for n in ALONE)
-    assert all(ours("table9", n, "c&w 0.1") > 95 for n in SEVEN)
+    assert all(ours("table9", n, "c&w 0.1") >= 95 for n in SEVEN)
     assert [within("table9", OURS, c) for c in WITH_C] == [0, 0, 1]
-    assert ours("table9", SOFTMAX, "c&w 1.0") == 0 and ours("table9", SOFTMAX, "c&w 0.1") > 95
+    assert ours("table9", SOFTMAX, "c&w 1.0") == 0 and ours("table9", SOFTMAX, "c&w 0.1") >= 95
     assert [within("table9", SOFTMAX, c) for c in WITH_C[:2]] == [-1, 1]
 
 
 def test_adversarial_training_beside_it() -> None:
-    assert told(CONTROL, OURS, "table2", AT_3[1:]) == AT_3[1:]
-    assert (
-        told(CONTROL, OURS, "table9", TEN_STEPS) == told(OURS, CONTROL, "table9", TEN_STEPS) == []
-    )
-    assert told(OURS, CONTROL, "table9", ["clean"]) == ["clean"]
-    less = ["clean", "fgsm 0.1", "bim 0.1", "mim 0.1"]
-    assert told(CONTROL, BOTH, "table9", AT_1) == less
-    assert told(CONTROL, BOTH, "table2", AT_3) == told(BOTH, CONTROL, "table2", AT_3) == []
-    for how in (FGSM, PGD):
-        assert told(OURS, OURS + how, "table9", ["clean"])
+    assert told(CONTROL, OURS, "table2", AT_3) == AT_3
+    assert told(CONTROL, OURS, "table9", AT_1) == ["fgsm 0.2", *TEN_STEPS]
+    assert told(OURS, CONTROL, "table9", AT_1) == ["clean"]
+    assert told(BOTH, CONTROL, "table2", AT_3) == AT_3[:3]
+    assert told(BOTH, CONTROL, "table9", AT_1) == told(CONTROL, BOTH, "table9", AT_1) == []
+    assert told(BOTH, OURS, "table9", AT_1) == AT_1[1:] and told(OURS, BOTH, "table9", AT_1)
+    one, other = OURS + FGSM, SOFTMAX + FGSM
+    assert told(one, other, "table2", AT_3) == AT_3[1:]
+    assert ours("table2", other, "fgsm 0.3") > 6 * ours("table2", other, "pgd 0.3")
 
 
 def test_curves() -> None:
@@ -154,7 +154,8 @@ def test_losses_of_the_attack() -> None:
     for kind in ("bim", "mim"):
         assert more(*joint(OURS, kind)[::-1], 3)
     assert more(*joint(OURS, "pgd"), 3)
-    assert not any(apart(*joint(BOTH, kind), 3) for kind in ("bim", "mim", "pgd"))
+    assert all(more(*joint(BOTH, kind), 3) for kind in ("fgsm", "bim", "mim"))
+    assert not apart(*joint(BOTH, "pgd"), 3)
     frame = printed(CHAPTER)
     third = frame[(frame["table"] == "table3") & (frame["dataset"] == "cifar10")]
     cells = third.set_index(["row", "column"])["value"]
@@ -176,23 +177,29 @@ def test_the_other_rule() -> None:
 
 
 def test_which_layer() -> None:
-    there = best(CHAPTER).query("table == 'layers'")["row"].unique()
-    single, pair, three = ["Layer 3", "Layer 4", "Layer 5"], "Layer 4+5", "Layer 3+4+5"
-    assert {"None", *single, pair, three} <= {*there}
-    empty = {"Layer 1", "Layer 2"} - {*there}
-    said = "The rows of the first two layers are empty" in TEXT.read_text()
-    assert said == bool(empty), "fill the rows and mend the text together"
-    taps = [name for name in there if name != "None"]
-    for e in ("0.1", "0.15", "0.2"):
-        kept = {name: ours("layers", name, f"pgd {e}") for name in there}
-        assert kept[pair] < min(kept["Layer 4"], kept["Layer 5"])
-        assert kept[three] == max(kept.values())
-    bare = {column: ("layers", "None", column) for column in ("clean", "pgd 0.1", "pgd 0.2")}
-    assert all(more(("layers", n, "pgd 0.2"), bare["pgd 0.2"], len(taps)) for n in taps)
+    early, late = ["None", "Layer 1", "Layer 2", "Layer 3"], ["Layer 4", "Layer 5"]
+    pair, three = "Layer 4+5", "Layer 3+4+5"
+
+    def at(column: str, *names: str) -> list[Place]:
+        return [("layers", name, column) for name in names]
+
+    def all_more(highs: Sequence[str], lows: Sequence[str], column: str) -> bool:
+        among = len(highs) * len(lows)
+        return all(more(*at(column, *two), among) for two in product(highs, lows))
+
     for column in ("clean", "pgd 0.1"):
-        assert not any(apart(("layers", n, column), bare[column], 2 * len(taps)) for n in taps)
-    paper = [theirs("table7", n, "cifar10 pgd 0.03") for n in ("Layer 4", "Layer 5", pair)]
+        assert all_more(["None"], early[1:3], column)
+    for column in ("pgd 0.1", "pgd 0.15"):
+        assert all_more([*late, pair, three], early, column)
+        two_of_late = combinations([*late, pair, three], 2)
+        assert not any(apart(*at(column, *two), 6) for two in two_of_late)
+    assert all_more(["Layer 4"], [pair], "pgd 0.2")
+    for column in ("fgsm 0.3", "pgd 0.3"):
+        assert all_more(["Layer 3"], [*late, pair, three], column)
+    paper = [theirs("table7", n, "cifar10 pgd 0.03") for n in (*late, pair, three)]
     assert paper == sorted(paper)
+    clean = [theirs("table7", n, "cifar10 clean") for n in ("Layer 1", "Layer 2", "None")]
+    assert clean == sorted(clean)
 
 
 def test_gap_and_reach() -> None:
@@ -214,15 +221,23 @@ def test_gap_and_reach() -> None:
     assert [against("ratio", tap, 0.3) for tap in TAPS] == [1, -1, 0]
     for tap in TAPS:
         ratio = {name: ours(*size(name, "ratio", tap)) for name in FIVE}
-        assert ratio[RELEASED] < ratio[SOFTMAX] < ratio[OURS] and ratio[BOTH] == max(ratio.values())
+        assert ratio[RELEASED] < ratio[SOFTMAX]
+        assert (ratio[SOFTMAX] < ratio[OURS]) == (tap != "layer4")
+        rest = (size(name, "ratio", tap) for name in FIVE if name != CONTROL)
+        assert all(more(size(CONTROL, "ratio", tap), place, 12) for place in rest)
         assert against("gap", tap, 0.1, RELEASED) == against("reach", tap, 0.1, RELEASED) == -1
         assert times("gap", tap, name=RELEASED) < times("reach", tap, name=RELEASED)
         assert times("reach", tap, name=CONTROL) < times("gap", tap, name=CONTROL) < 1
-    for tap in ("layer3", "layer5"):
-        assert more(size(OURS, "ratio", tap), size(CONTROL, "ratio", tap), 2)
+    for tap in TAPS[1:]:
+        assert all(against("ratio", tap, 0.3, BOTH) <= 0 for tap in TAPS[1:])
+        for e in (0.1, 0.3):
+            both, control = (ours(*size(n, "ratio", tap, e)) for n in (BOTH, CONTROL))
+            assert both < control / 2
+    assert against("ratio", "layer5", 0.3, BOTH) == -1
     kept = [ours("strong", name, "pgd-10 0.1") for name in (RELEASED, SOFTMAX, OURS)]
     assert kept == sorted(kept)
-    assert all(ours("rooms", n, f"{tap} apart 0.3") == 0 for n, tap in product(FIVE, TAPS))
+    at_last = {n: [ours("rooms", n, f"{tap} apart 0.3") for tap in TAPS] for n in FIVE}
+    assert all((max(shares) > 0) == (n == CONTROL) for n, shares in at_last.items())
 
 
 def test_longer_attacks() -> None:
@@ -240,10 +255,11 @@ def test_longer_attacks() -> None:
     assert 20 < ours("strong", OURS, "pgd-100 0.2") < 30
     for e in (0.2, 0.3):
         assert all(more(*at(f"autoattack {e}", name, OURS), 4) for name in (CONTROL, BOTH))
-    for kind, e in product(("pgd-10", "pgd-100", "autoattack"), (0.1, 0.2, 0.3)):
-        one, two = at(f"{kind} {e}", CONTROL, BOTH)
-        assert not apart(one, two, 9)
-    assert more(*at("pgd-10 0.2", CONTROL, OURS))
+    longer = ("pgd-10 long", "pgd-100", "autoattack")
+    for kind, e in product(longer, (0.1, 0.2, 0.3)):
+        one, two = at(f"{kind} {e}", BOTH, CONTROL)
+        by_steps = e == 0.3 and kind != "autoattack"
+        assert more(one, two, 9) if by_steps else not apart(one, two, 9)
     assert all(more(("table2", OURS, "fgsm 0.3"), ("table2", OURS, c), 3) for c in AT_3[1:])
 
 
@@ -254,7 +270,8 @@ def test_signs_of_masking() -> None:
         if name != SOFTMAX:
             assert more(sign["transfer"], sign["pgd"], 14) or name == BOTH
             assert not more(sign["pgd"], sign["transfer"], 14)
-        assert ours("masking", name, "at_half") == ours("masking", name, "zero_gradients") == 0
+        assert ours("masking", name, "zero_gradients") == 0
+        assert (ours("masking", name, "at_half") > 50) == (name == BOTH)
         square, white = (stored("masking", name, k) for k in ("black_box", "pgd"))
         assert square["ci_high"] > white["ci_low"]
     leads = [("masking", name, "lead", "mean") for name in (SOFTMAX, OURS)]
