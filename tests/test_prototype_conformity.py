@@ -51,6 +51,11 @@ def told(left: str, right: str, table: str, columns: Sequence[str]) -> list[str]
     return [c for c in columns if more((table, left, c), (table, right, c), among)]
 
 
+def clear(high: Place, low: Place) -> bool:
+    """Whether the two intervals part, of images that are not the same ones: made elsewhere."""
+    return bool(stored(*high)["ci_low"] > stored(*low)["ci_high"])
+
+
 def apart(one: Place, two: Place, among: int) -> bool:
     return more(one, two, among) or more(two, one, among)
 
@@ -89,7 +94,10 @@ def test_where_our_numbers_are_the_papers() -> None:
     placed = {c: within(table, OURS, c) for table, c in cells}
     assert {c for c in placed if placed[c] == 0} == {"bim 0.1", "mim 0.1", "bim 0.3"}
     assert {c for c in placed if placed[c] == 1} == {"fgsm 0.1", "pgd 0.3"}
-    assert within("table2", OURS, "black-box fgsm 0.3") == 0
+    less = theirs("table2", OURS, "mnist black-box fgsm 0.3") - ours(
+        "table2", OURS, "black-box fgsm 0.3"
+    )
+    assert within("table2", OURS, "black-box fgsm 0.3") == 1 and less < 5
     sent = "black-box fgsm 0.3"
     assert ours("table2", SOFTMAX, sent) > 3 * theirs("table2", SOFTMAX, f"mnist {sent}")
 
@@ -109,6 +117,8 @@ def test_adversarial_training_beside_it() -> None:
     assert told(BOTH, CONTROL, "table2", AT_3) == AT_3[:3]
     assert told(BOTH, CONTROL, "table9", AT_1) == told(CONTROL, BOTH, "table9", AT_1) == []
     assert told(BOTH, OURS, "table9", AT_1) == AT_1[1:] and told(OURS, BOTH, "table9", AT_1)
+    assert told(BOTH, CONTROL, "table2", ["c&w 10"]) == ["c&w 10"]
+    assert told(CONTROL, OURS, "table9", WITH_C) == []
     one, other = OURS + FGSM, SOFTMAX + FGSM
     assert told(one, other, "table2", AT_3) == AT_3[1:]
     assert ours("table2", other, "fgsm 0.3") > 6 * ours("table2", other, "pgd 0.3")
@@ -118,10 +128,10 @@ def test_curves() -> None:
     sizes = ["0.05", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5"]
     columns = [f"{kind} {e}" for kind in ("fgsm", "mim", "pgd") for e in sizes]
     assert all(ours("figure4", OURS, c) >= ours("figure4", SOFTMAX, c) for c in columns)
-    middle = {c for c in columns if c.split()[1] in sizes[2:5]}
+    middle = {c for c in columns if c.split()[1] in sizes[1:5]}
     assert middle <= {*told(OURS, SOFTMAX, "figure4", columns)}
     fgsm, mim, pgd = (ours("figure4", OURS, f"{kind} 0.3") for kind in ("fgsm", "mim", "pgd"))
-    assert fgsm > 2 * mim > 4 * pgd
+    assert fgsm > 2 * mim > 10 * pgd
     at_end = {k: [ours("figure4", n, f"{k} 0.5") for n in ALONE] for k in ("fgsm", "mim", "pgd")}
     assert max(at_end["fgsm"]) < 100 / 6 and max(at_end["mim"] + at_end["pgd"]) < 0.5
 
@@ -131,7 +141,7 @@ def test_other_peoples_images() -> None:
     assert told(OURS, SOFTMAX, "table2", sent) == told(SOFTMAX, OURS, "table2", sent) == []
     assert all(told(n, OURS, "table2", sent[:4]) for n in SEVEN if FGSM in n or PGD in n)
     white = [(("table2", OURS, f"black-box {c}"), ("table2", OURS, c)) for c in AT_3]
-    assert [more(*two, 4) for two in white] == [False, True, True, True]
+    assert [clear(*two) for two in white] == [False, True, True, True]
     assert 70 < ours("transfer", OURS, "crafted on VGG-19") < 80
     assert 20 < ours("transfer", OURS, f"crafted on {SOFTMAX}") < 30
 
@@ -268,8 +278,8 @@ def test_signs_of_masking() -> None:
         sign = {k: ("masking", name, k) for k in ("pgd", "fgsm", "margin", "transfer")}
         assert not more(sign["pgd"], sign["fgsm"], 14) and not more(sign["pgd"], sign["margin"], 14)
         if name != SOFTMAX:
-            assert more(sign["transfer"], sign["pgd"], 14) or name == BOTH
-            assert not more(sign["pgd"], sign["transfer"], 14)
+            assert clear(sign["transfer"], sign["pgd"]) == (name != BOTH)
+            assert not clear(sign["pgd"], sign["transfer"])
         assert ours("masking", name, "zero_gradients") == 0
         assert (ours("masking", name, "at_half") > 50) == (name == BOTH)
         square, white = (stored("masking", name, k) for k in ("black_box", "pgd"))
