@@ -74,7 +74,7 @@ def loudness(
 ) -> tuple[Robustness, Accuracy]:
     """How sure the model is: the mean lead, and the share of the images with probability 1.
 
-    The lead is that of the largest logit over the second. From about 25·log 2 ≈ 17 on, float32
+    The lead is that of the largest logit over the second. From about 24·log 2 ≈ 17 on, float32
     stores the probability as exactly 1, and the textbook gradient of cross-entropy has lost what it
     knew of the true class. Both change when the logits are multiplied by a constant, which changes
     nothing else.

@@ -46,8 +46,6 @@ TITLES = {
     "distance": "Distances that attacks find",
     "exact": "FGSM along the rounded and the exact gradient",
     "fading": "Faded images",
-    "figure1": "Figure 1, FGSM",
-    "figure2": "Figure 2, JSMA",
     "gray": "Every image turned to the same gray",
     "imagenet": "Others' networks",
     "in front": "Preprocessing in front of the network",
