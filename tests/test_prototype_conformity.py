@@ -201,8 +201,9 @@ def test_which_layer() -> None:
         assert all_more(["None"], early[1:3], column)
     for column in ("pgd 0.1", "pgd 0.15"):
         assert all_more([*late, pair, three], early, column)
-        two_of_late = combinations([*late, pair, three], 2)
-        assert not any(apart(*at(column, *two), 6) for two in two_of_late)
+        for two in combinations([*late, pair, three], 2):
+            one, other = at(column, *two)
+            assert not apart(one, other, 6)
     assert all_more(["Layer 4"], [pair], "pgd 0.2")
     for column in ("fgsm 0.3", "pgd 0.3"):
         assert all_more(["Layer 3"], [*late, pair, three], column)
