@@ -72,8 +72,8 @@ class Claim:
 
     def _compared(self) -> dict[str, Any]:
         """The rows, those of a test over the seeds that both have."""
-        rows = dict(self.rows)
-        for test in (*self.reproduced, *self.holds):
+        rows, tests = dict(self.rows), [*self.reproduced, *self.holds]
+        for test in tests * len(tests):  # one that loses a seed may be in another test
             each = {
                 n: {*rows[n].seed.split()} for n in test.split() if hasattr(rows.get(n), "seed")
             }

@@ -35,7 +35,7 @@ TITLES = {
     "adaptive": "Attacks on the joint loss",
     "alpha": "Where α starts",
     "autoattack": "AutoAttack",
-    "ball": "All defenses in L₂ balls",
+    "ball": "Attacks in L₂ balls",
     "blocks": "What stands in the block",
     "bounded": "Attacks inside one box",
     "boundary": "Norm, margin and first-order distance",

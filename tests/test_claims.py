@@ -190,6 +190,9 @@ def test_seeds_may_arrive_one_network_at_a_time(shelf: Path) -> None:
     )
     said = claim("a > near").sentence()  # what a test compares is of the seeds that both have
     assert said.startswith("90.0% of 94.5%")
+    kept(shelf, "b", 1, accuracy(500, 1000))
+    chained = claims.Claim("toy", "q", "", "", claim().at, "{b}", ["a > b", "a > near"])
+    assert chained.sentence().startswith("70.0%")  # not the mean over a seed that a has lost
     kept(shelf, "near", 1, accuracy(872, 1000))  # better than the other: no more in every seed
     low, high = difference(*(claim().rows[name] for name in ("a", "near")))
     assert low < 0 < high == before[1]
