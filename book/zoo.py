@@ -23,7 +23,7 @@ from defenses.batchout import BatchOut
 from defenses.compact import CompactConv2d, CompactLinear
 from defenses.data import to_float
 from defenses.prototype import Prototypes
-from defenses.results import best
+from defenses.results import best, rows_of
 
 CHAPTER, DATA, PROTOCOL, SEED = "reevaluation", "mnist", "short", 0
 COLUMNS = {"clean": "leaderboard", "worst 0.1": "third", "worst 0.3": "leaderboard"}  # their tables
@@ -73,10 +73,12 @@ def in_a_row(model: nn.Module) -> nn.Sequential:
 def stored(folder: Path | None = None) -> pd.DataFrame:
     """The stored accuracies in percent of each network; NaN where nobody has measured it.
 
-    They are of the networks as they were trained, before their weights were rounded, and means
-    where several seeds are stored.
+    They are of the networks as they were trained, before their weights were rounded, and of their
+    seed.
     """
-    cells = best(CHAPTER, dataset=DATA, protocol=PROTOCOL, folder=folder)
+    rows = rows_of(CHAPTER, folder)
+    rows = rows[rows["seed"].eq(str(SEED))]
+    cells = best(CHAPTER, rows, dataset=DATA, protocol=PROTOCOL, folder=folder)
     cells = cells[cells["table"].eq(cells["column"].map(COLUMNS))]
     table = cells.pivot(index="row", columns="column", values="value")
     return table.reindex(index=zoo.NAMES[DATA], columns=list(COLUMNS))

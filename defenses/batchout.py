@@ -1,4 +1,4 @@
-"""BatchOut (Subramanya et al., 2018): features moved towards those of other images of the batch."""
+"""BatchOut (Subramanya et al., 2018): features moved toward those of other images of the batch."""
 
 from __future__ import annotations
 

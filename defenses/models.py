@@ -302,7 +302,7 @@ def _with_places(
 class PReLU(nn.PReLU):
     """max(x, 0) + a·min(x, 0) with a trainable a for each channel, as `torch.nn.PReLU`.
 
-    Written as a step of share a from relu(x) towards x, it takes a third of the time in bfloat16
+    Written as a step of share a from relu(x) toward x, it takes a third of the time in bfloat16
     on a CPU.
     """
 

@@ -94,7 +94,7 @@ def test_the_layer_is_algorithm_1(
     torch.manual_seed(3)
     R = torch.randint(max(N, 1), (count,), device=device)
     for j in range(N):
-        if j < count:  # towards what X_r was before anything moved
+        if j < count:  # toward what X_r was before anything moved
             torch.testing.assert_close(ours[j], (1 - eta) * given[j] + eta * given[R[j]])
         else:
             assert torch.equal(ours[j], given[j])

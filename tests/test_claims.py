@@ -5,12 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nbformat
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import arange
 
+from book.execute import picture
 from defenses import claims, outcomes, results
 from defenses.evaluation import Accuracy
 from defenses.results import measure, record
@@ -256,3 +258,8 @@ def test_the_front_page_has_the_main_claim_of_every_source() -> None:
         head = claims.claims(chapter)[0]
         assert f"../chapters/{chapter}.ipynb" in line and head.quote in line
         assert line.count(" | ") == 3 and claims.WORDS[head.answer(head.holds)] in line
+
+
+def test_the_picture_of_the_front_page_is_the_one_that_what_holds_drew() -> None:
+    notebook = nbformat.read(ROOT / "book" / "verdicts.ipynb", as_version=4)
+    assert (ROOT / "book" / "static" / "hook.png").read_bytes() == picture(notebook, "hook")

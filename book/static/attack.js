@@ -184,7 +184,7 @@
     $("[value=holds]").textContent = `It will still say ${asked.y}`;
     const known = ZOO.networks[asked.name].accuracies, at = c => c in known
       ? `${known[c].toFixed(1)}%` : "not measured";
-    $(".lab-known").textContent = `Stored for this recipe: ${at("clean")} clean; under all attacks ` +
+    $(".lab-known").textContent = `Stored for this recipe and seed: ${at("clean")} clean; under all attacks ` +
       `${at("worst 0.1")} at ε = 0.1, ${at("worst 0.3")} at ε = 0.3.`;
     const [image, change, attacked] = lab.querySelectorAll(".lab-pictures canvas");
     paint(image, asked.image, `The image: a ${asked.y}.`);

@@ -123,7 +123,7 @@ def autoattack_report(
     """AutoAttack with a record of which attack broke which image, and at what cost.
 
     Croce & Hein (2020), with the budgets of their standard version: APGD 100 steps, targeted APGD
-    and FAB towards the nine highest other classes, Square 5,000 queries. With fewer than four
+    and FAB toward the nine highest other classes, Square 5,000 queries. With fewer than four
     classes, which DLR needs, targeted APGD climbs the margin.
 
     Parameters

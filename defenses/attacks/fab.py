@@ -1,7 +1,7 @@
-"""FAB: walk along the decision boundary towards the image (Croce & Hein, 2020b, Alg. 1).
+"""FAB: walk along the decision boundary toward the image (Croce & Hein, 2020b, Alg. 1).
 
 Like DeepFool, each step goes to the linearized boundary; unlike DeepFool it is exact inside the
-box [0, 1], it is drawn back towards the original image, and it goes on after the first success.
+box [0, 1], it is drawn back toward the original image, and it goes on after the first success.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .contract import Forward, attacking, check_count
 from .losses import LEAD, fools, lead, masked, runners_up
 from .norms import check_norm, per_image, size
 
-ALPHA_MAX = 0.1  # the strongest pull towards the original image
+ALPHA_MAX = 0.1  # the strongest pull toward the original image
 ETA = 1.05  # overshoot beyond the linearized boundary
 BETA = 0.9  # after a success, this share of the way is left
 
@@ -30,7 +30,7 @@ def fab(
 ) -> Tensor:
     """FAB-T, the fast adaptive boundary attack, of minimal size in L∞ or L2.
 
-    Croce & Hein (2020, "Minimally distorted adversarial examples"), towards one class at a time
+    Croce & Hein (2020, "Minimally distorted adversarial examples"), toward one class at a time
     and from the image itself, as in AutoAttack. Autocast is off: a rounded boundary would be
     another one.
 
@@ -41,7 +41,7 @@ def fab(
     norm : str
         ``"linf"`` or ``"l2"``: what is made small.
     steps : int
-        Steps towards each class.
+        Steps toward each class.
     targets : int
         Classes to walk to: those with the highest logits at `x`, other than `y`.
     eps : float, optional
@@ -84,7 +84,7 @@ def walk(
     eps: float | None,
     state: Progress,
 ) -> None:
-    """Alg. 1 towards one class; `state.height` is minus the distance of the nearest success."""
+    """Alg. 1 toward one class; `state.height` is minus the distance of the nearest success."""
     rows = (state.height < (torch.inf if eps is None else -eps)).nonzero().squeeze(1)
     x_i = x[rows]
     for _ in track(range(steps), steps):

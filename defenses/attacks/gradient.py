@@ -46,7 +46,7 @@ def fgsm(
         ``"ce"``, ``"ce_textbook"``, ``"margin"``, ``"dlr"``, or ``(model, x, y) -> (N,)``; see
         `defenses.attacks.losses`.
     target : Tensor, optional
-        Labels (N,) to move towards; without it the attack moves away from `y`.
+        Labels (N,) to move toward; without it the attack moves away from `y`.
 
     Returns
     -------

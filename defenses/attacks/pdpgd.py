@@ -20,7 +20,7 @@ DUAL_RATE, AVERAGED = 0.1, 0.9  # of λ; the rate falls to a tenth
 # Our choice: no pixel shrinks by more than five times the least of its image. In Adam's metric one
 # with almost no slope would shrink at once to nothing: on an adversarially trained MNIST network
 # seven of 100 images were then not fooled in 200 steps, and the median of the rest was five times
-# as far. (Five iterations towards it, as adv-lib takes, end about there, too.)
+# as far. (Five iterations toward it, as adv-lib takes, end about there, too.)
 LARGEST = 5.0
 
 

@@ -31,9 +31,7 @@ from defenses.models import mnist_compact
 from defenses.results import measure
 from defenses.training import fit
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRAINED = {"undefended": "SM", "adversarially trained": "PGD-trained"}  # in runs/mnist-short-0
 LIBRARIES = ["foolbox", "torchattacks", "adversarial-robustness-toolbox", "adv-lib"]
 WITHIN = 0.01  # as strong: at most 1% farther away, and no more left than the interval allows
 Attacked = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -53,30 +51,24 @@ class Victim:
 
 
 def victim(name: str) -> Victim:
-    """The network of the papers' MNIST tables: the chapters' own where there is one, or trained."""
+    """The network of the papers' MNIST tables, trained on the spot."""
     data = load_data("mnist" if "DEFENSES_DATA" in os.environ else "digits", device=DEVICE)
     eps = 0.3 if data.name == "mnist" else 0.1
     torch.manual_seed(0)
     model = mnist_compact(10).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    stored = ROOT / "runs" / "mnist-short-0" / f"{TRAINED[name]}.pt"
-    ready = data.name == "mnist" and stored.exists()
-    if ready:
-        saved = torch.load(stored, map_location=DEVICE, weights_only=True)
-        model.load_state_dict(saved["states"]["model"])
-    else:
-        adam = torch.optim.Adam(model.parameters(), 1e-3)
-        fit(model, data, epochs=1 if data.name == "mnist" else 20, optimizer=adam, progress=False)
-        if name == "adversarially trained":
-            few: dict[str, Any] = {"train_images": data.train_images[:20_000]}
-            few |= {"train_labels": data.train_labels[:20_000]}
-            some = dataclasses.replace(data, **few)
-            for radius in (eps / 2, eps):  # at once at ε, it would say the same of every image
-                hard = partial(pgd, eps=radius, step_size=radius / 4, steps=7, early_stop=False)
-                loss = adversarial(hard, share=1)
-                epochs = 2 if data.name == "mnist" else 5
-                fit(model, some, epochs=epochs, loss=loss, optimizer=adam, progress=False)
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    fit(model, data, epochs=1 if data.name == "mnist" else 20, optimizer=adam, progress=False)
+    if name == "adversarially trained":
+        few: dict[str, Any] = {"train_images": data.train_images[:20_000]}
+        few |= {"train_labels": data.train_labels[:20_000]}
+        some = dataclasses.replace(data, **few)
+        for radius in (eps / 2, eps):  # at once at ε, it would say the same of every image
+            hard = partial(pgd, eps=radius, step_size=radius / 4, steps=7, early_stop=False)
+            loss = adversarial(hard, share=1)
+            epochs = 2 if data.name == "mnist" else 5
+            fit(model, some, epochs=epochs, loss=loss, optimizer=adam, progress=False)
     x, y = to_float(data.test[0][:200]).contiguous(), data.test[1][:200]
-    return Victim(name, model.eval(), x, y, eps, data.name, "short" if ready else "quick")
+    return Victim(name, model.eval(), x, y, eps, data.name, "quick")
 
 
 @dataclass
