@@ -31,6 +31,7 @@ from defenses.models import mnist_compact
 from defenses.results import measure
 from defenses.training import fit
 
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIBRARIES = ["foolbox", "torchattacks", "adversarial-robustness-toolbox", "adv-lib"]
 WITHIN = 0.01  # as strong: at most 1% farther away, and no more left than the interval allows
